@@ -1,0 +1,1 @@
+"""EHR foundation models for Hugging Face transformers."""
