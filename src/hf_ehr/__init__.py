@@ -1,1 +1,36 @@
-"""EHR foundation models for Hugging Face transformers."""
+"""EHR foundation models for Hugging Face transformers.
+
+Importing the package registers its configurations, models and tokenizer with the Auto classes; nothing else happens.
+"""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    AutoModelForSequenceClassification,
+)
+
+from .models.configuration_medbert import MedBertConfig
+from .models.modeling_medbert import (
+    MedBertForMaskedLM,
+    MedBertForPreTraining,
+    MedBertForSequenceClassification,
+    MedBertModel,
+)
+from .version import __version__
+
+AutoConfig.register("ehr_medbert", MedBertConfig, exist_ok=True)
+AutoModel.register(MedBertConfig, MedBertModel, exist_ok=True)
+AutoModelForMaskedLM.register(MedBertConfig, MedBertForMaskedLM, exist_ok=True)
+AutoModelForPreTraining.register(MedBertConfig, MedBertForPreTraining, exist_ok=True)
+AutoModelForSequenceClassification.register(MedBertConfig, MedBertForSequenceClassification, exist_ok=True)
+
+__all__ = [
+    "MedBertConfig",
+    "MedBertForMaskedLM",
+    "MedBertForPreTraining",
+    "MedBertForSequenceClassification",
+    "MedBertModel",
+    "__version__",
+]

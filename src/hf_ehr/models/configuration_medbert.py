@@ -1,0 +1,128 @@
+"""Configuration of Med-BERT (Rasmy et al., npj Digital Medicine 2021)."""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+@strict
+class MedBertConfig(PreTrainedConfig):
+    r"""Configuration of the Med-BERT models; the defaults are the paper's base model.
+
+    Args:
+        vocab_size: Number of codes plus special tokens. 82,603 is the paper's vocabulary.
+        hidden_size: Width of the encoder.
+        num_hidden_layers: Number of Transformer layers.
+        num_attention_heads: Heads per layer, 6 × 32.
+        intermediate_size: Width of the feed-forward layer. 64 < `hidden_size` is what the authors trained with.
+        hidden_act: Activation. The authors' TensorFlow code uses the tanh form of gelu.
+        hidden_dropout_prob: Dropout on embeddings and on the output of each sub-layer.
+        attention_probs_dropout_prob: Dropout on attention probabilities. The paper has 0.1; 0 is what the packed path
+            supports on every device (the variable-length kernels take no dropout).
+        max_position_embeddings: Longest patient, in codes.
+        max_visits: Size of the visit table (`type_vocab_size` of the authors' config); visit 0 is padding.
+        serialization: What the third embedding table counts. `global`: the running index of the code in the patient
+            (what the published weights used); `within_visit`: the code's rank in its visit (the paper's text);
+            `none`: no such table.
+        pooling: How code states become one patient vector. The paper's text sums them (`sum`) and its first code takes
+            the first state through a tanh layer (`first`); `sum_unmasked` also sums padding, as the authors' second
+            script does, and depends on the batch. The default is `mean`: a sum of up to 512 states gives logits
+            of order 10-100 at the start and a confidence that grows with the length of the history.
+        norm_position: `post` is BERT's order (the paper), `pre` normalises before each sub-layer.
+        objective: Pre-training objective of the codes. `masked_lm` is the paper's; `masked_set` hides half of the codes
+            and predicts them all from the mean of the visible ones.
+        stay_loss_weight: Weight of the prolonged-stay loss beside the code loss (1 in the paper).
+        initializer_range: Standard deviation of the truncated normal that weights start from.
+        layer_norm_eps: Epsilon of the layer norms.
+        classifier_dropout: Dropout before the classifier; `hidden_dropout_prob` when `None`.
+        pad_token_id: Id of `[PAD]`.
+        mask_token_id: Id of `[MASK]`. The authors used 0 for both padding and mask (see [`code_exact`]).
+        tie_word_embeddings: Whether the code decoder shares the code embeddings.
+        thresholds: Decision threshold per label name, tuned on validation, stored beside `id2label`.
+
+    Example:
+    ```python
+    >>> from hf_ehr import MedBertConfig, MedBertModel
+    >>> model = MedBertModel(MedBertConfig.tiny(vocab_size=100))
+    >>> model.config.hidden_size
+    64
+
+    ```
+    """
+
+    model_type = "ehr_medbert"
+    keys_to_ignore_at_inference = ("hidden_states", "attentions", "mlm_loss", "stay_loss")
+    attribute_map = {"type_vocab_size": "max_visits"}  # noqa: RUF012 - the library's own declaration
+
+    vocab_size: int = 82603
+    hidden_size: int = 192
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 6
+    intermediate_size: int = 64
+    hidden_act: str = "gelu_pytorch_tanh"
+    hidden_dropout_prob: float | int = 0.1
+    attention_probs_dropout_prob: float | int = 0.0
+    max_position_embeddings: int = 512
+    max_visits: int = 1000
+    serialization: Literal["global", "within_visit", "none"] = "global"
+    pooling: Literal["mean", "sum", "first", "sum_unmasked"] = "mean"
+    norm_position: Literal["post", "pre"] = "post"
+    objective: Literal["masked_lm", "masked_set"] = "masked_lm"
+    stay_loss_weight: float | int = 1.0
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    classifier_dropout: float | int | None = None
+    pad_token_id: int | None = 0
+    mask_token_id: int | None = 4
+    tie_word_embeddings: bool = True
+    thresholds: dict | None = None
+
+    def __post_init__(self, **kwargs):
+        # All heads must be reachable from a checkpoint of any one of them (`save_pretrained` only names the saved class).
+        self.auto_map = kwargs.pop("auto_map", None) or {
+            "AutoConfig": "configuration_medbert.MedBertConfig",
+            "AutoModel": "modeling_medbert.MedBertModel",
+            "AutoModelForMaskedLM": "modeling_medbert.MedBertForMaskedLM",
+            "AutoModelForPreTraining": "modeling_medbert.MedBertForPreTraining",
+            "AutoModelForSequenceClassification": "modeling_medbert.MedBertForSequenceClassification",
+        }
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def base(cls, **overrides) -> "MedBertConfig":
+        """The paper's model: 6 layers × 192, feed-forward 64."""
+        return cls(**overrides)
+
+    @classmethod
+    def tiny(cls, **overrides) -> "MedBertConfig":
+        """2 layers × 64 for tests, examples and the quickstart."""
+        sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+        return cls(**(sizes | overrides))
+
+    @classmethod
+    def code_exact(cls, **overrides) -> "MedBertConfig":
+        """The authors' released code: pooled first token, id 0 for both padding and mask, attention dropout 0.1."""
+        exact = {"pooling": "first", "mask_token_id": 0, "attention_probs_dropout_prob": 0.1}
+        return cls(**(exact | overrides))
+
+    def validate_heads(self):
+        """`hidden_size` splits evenly over the heads."""
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"`hidden_size` must be divisible by `num_attention_heads`, got {self.hidden_size} and "
+                f"{self.num_attention_heads}. Change one of them."
+            )
+
+    def validate_special_ids(self):
+        """Special ids lie inside the vocabulary."""
+        for name in ("pad_token_id", "mask_token_id"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < self.vocab_size:
+                raise ValueError(
+                    f"`{name}` must lie in [0, vocab_size={self.vocab_size}), got {value}. Pass len(tokenizer) as "
+                    "`vocab_size` and the tokenizer's own id."
+                )
+
+
+MedBertConfig.register_for_auto_class()

@@ -1,0 +1,402 @@
+"""Med-BERT (Rasmy et al., npj Digital Medicine 2021): BERT over a patient's diagnosis codes.
+
+    codes ─ code + visit + serialization embeddings ─▶ encoder ─▶ code states (batch, sequence, hidden)
+                                                                      │
+                  masked rows only ─▶ code decoder (tied)  ◀──────────┤
+                  pooled patient   ─▶ prolonged stay │ classifier ◀───┘
+
+Every model takes padded input (`attention_mask`) or packed input (`cu_seqlens`); both give the same numbers.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOutput, SequenceClassifierOutput
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_medbert import MedBertConfig
+from .modeling_ehr import EhrAttention, EhrEncoder, EhrLayer, EhrPredictionHead, PackedSequences, pool_states
+
+
+@dataclass
+class MedBertForPreTrainingOutput(ModelOutput):
+    """Output of [`MedBertForPreTraining`].
+
+    Attributes:
+        loss: Scalar, `mlm_loss + stay_loss_weight * stay_loss`.
+        mlm_loss: Scalar, mean over the hidden codes.
+        stay_loss: Scalar, mean over patients.
+        prediction_logits: (batch, sequence, vocab), only when no `labels` are given or `return_logits=True`;
+            (patients, vocab) under the objective `masked_set`.
+        stay_logits: (patients, 2), prolonged stay no / yes.
+        hidden_states: One (batch, sequence, hidden) per layer and for the embeddings.
+        attentions: One (batch, heads, sequence, sequence) per layer (eager attention only).
+    """
+
+    loss: torch.Tensor | None = None
+    stay_logits: torch.Tensor | None = None
+    prediction_logits: torch.Tensor | None = None
+    mlm_loss: torch.Tensor | None = None
+    stay_loss: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+class MedBertEmbeddings(nn.Module):
+    """`LayerNorm(code + visit + serialization)` with dropout; the serialization table is absent under `none`."""
+
+    def __init__(self, config: MedBertConfig):
+        super().__init__()
+        self.config = config
+        self.code_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.visit_embeddings = nn.Embedding(config.max_visits, config.hidden_size)
+        if config.serialization != "none":
+            self.serial_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, input_ids, visit_ids, serial_ids, inputs_embeds=None):
+        """Ids (batch, sequence) → (batch, sequence, hidden)."""
+        embedded = self.code_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        embedded = embedded + self.visit_embeddings(visit_ids)
+        if serial_ids is not None:
+            embedded = embedded + self.serial_embeddings(serial_ids)
+        return self.dropout(self.norm(embedded))
+
+
+class MedBertPreTrainedModel(PreTrainedModel):
+    """Weight initialisation and the declarations the library asks for."""
+
+    config: MedBertConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("MedBertEmbeddings", "EhrLayer")
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": EhrLayer, "attentions": EhrAttention}  # noqa: RUF012 - library's form
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, nn.Linear | nn.Embedding):
+            # BERT's truncated normal; the library's own default is the untruncated one.
+            std = self.config.initializer_range
+            init.trunc_normal_(module.weight, mean=0.0, std=std, a=-2 * std, b=2 * std)
+
+    def get_input_embeddings(self):
+        """The code embeddings."""
+        return getattr(self, self.base_model_prefix, self).embeddings.code_embeddings
+
+    def set_input_embeddings(self, value):
+        """Replaces the code embeddings."""
+        getattr(self, self.base_model_prefix, self).embeddings.code_embeddings = value
+
+
+class MedBertModel(MedBertPreTrainedModel):
+    """The encoder: codes of patients → code states and one pooled vector per patient."""
+
+    def __init__(self, config: MedBertConfig):
+        super().__init__(config)
+        self.embeddings = MedBertEmbeddings(config)
+        self.encoder = EhrEncoder(config)
+        if config.pooling == "first":
+            self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        visit_ids: torch.LongTensor | None = None,
+        serial_ids: torch.LongTensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        max_seqlen: int | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
+        """Encodes patients.
+
+        Args:
+            input_ids: (batch, sequence) code ids, or (1, total) when packed.
+            attention_mask: (batch, sequence), 1 for codes and 0 for padding; padded input only.
+            visit_ids: As `input_ids`; 1 is the first visit, 0 padding. All codes in visit 1 when `None`.
+            serial_ids: As `input_ids`, rank of the code in its visit; read under `serialization="within_visit"` and
+                derived from `visit_ids` when `None`.
+            cu_seqlens: (patients + 1,) int32 borders of a packed row.
+            max_seqlen: Longest patient of a packed row.
+            inputs_embeds: (batch, sequence, hidden) in place of the code embeddings.
+            **kwargs: `output_attentions` (eager attention only), `output_hidden_states`.
+
+        Returns:
+            `last_hidden_state` (batch, sequence, hidden) and `pooler_output` (patients, hidden).
+
+        Raises:
+            ValueError: Both or neither of `input_ids` and `inputs_embeds`, a packed batch that also has a mask, or a
+                patient longer than `max_position_embeddings`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
+        codes = input_ids if input_ids is not None else inputs_embeds[..., 0]
+        packed = self._packed(codes, attention_mask, cu_seqlens, max_seqlen)
+        longest = codes.shape[1] if packed is None else packed.max_seqlen
+        if longest > self.config.max_position_embeddings:
+            raise ValueError(
+                f"`input_ids` has a patient of {longest} codes, `max_position_embeddings` is "
+                f"{self.config.max_position_embeddings}. Encode with `max_length={self.config.max_position_embeddings}`."
+            )
+        if visit_ids is None:
+            visit_ids = torch.ones(codes.shape, dtype=torch.long, device=codes.device)
+        serial_ids = self._serial_ids(visit_ids, serial_ids, attention_mask, packed)
+        embedded = self.embeddings(input_ids, visit_ids, serial_ids, inputs_embeds)
+        states = self.encoder(embedded, attention_mask=attention_mask, packed=packed, **kwargs)
+        pooled = pool_states(states, self.config.pooling, attention_mask, packed)
+        if self.config.pooling == "first":
+            pooled = torch.tanh(self.pooler(pooled))
+        return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=pooled)
+
+    @staticmethod
+    def _packed(codes, attention_mask, cu_seqlens, max_seqlen) -> PackedSequences | None:
+        """The borders of a packed batch, `None` for a padded one."""
+        if cu_seqlens is None:
+            return None
+        if attention_mask is not None or codes.shape[0] != 1:
+            raise ValueError(
+                "`cu_seqlens` means packed input: one row (1, total) and no `attention_mask`, got "
+                f"{tuple(codes.shape)} and {'a' if attention_mask is not None else 'no'} mask."
+            )
+        return PackedSequences.from_cu_seqlens(cu_seqlens, codes.shape[1], max_seqlen)
+
+    def _serial_ids(self, visit_ids, serial_ids, attention_mask, packed):
+        """What the serialization table counts, (batch, sequence), or `None` without such a table."""
+        if self.config.serialization == "none":
+            return None
+        running = torch.arange(visit_ids.shape[1], device=visit_ids.device).expand(visit_ids.shape)
+        if self.config.serialization == "within_visit":
+            return serial_ids if serial_ids is not None else _rank_in_visit(visit_ids, running, packed)
+        if packed is not None:
+            return packed.positions()[None]
+        return running if attention_mask is None else (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+def _rank_in_visit(visit_ids, running, packed: PackedSequences | None):
+    """(batch, sequence): distance from each code to the first code of its visit."""
+    begins = torch.ones_like(visit_ids, dtype=torch.bool)
+    begins[:, 1:] = visit_ids[:, 1:] != visit_ids[:, :-1]
+    if packed is not None:
+        begins[0, packed.cu_seqlens[:-1].long()] = True
+    return running - torch.where(begins, running, 0).cummax(dim=1).values
+
+
+class MedBertForMaskedLM(MedBertPreTrainedModel):
+    """Masked-code model. With `labels` only the masked rows reach the decoder, and no logits are returned."""
+
+    _tied_weights_keys = {"head.decoder.weight": "model.embeddings.code_embeddings.weight"}  # noqa: RUF012
+
+    def __init__(self, config: MedBertConfig):
+        super().__init__(config)
+        self.model = MedBertModel(config)
+        self.head = EhrPredictionHead(config)
+        self.post_init()
+
+    def get_output_embeddings(self):
+        """The decoder over codes."""
+        return self.head.decoder
+
+    def set_output_embeddings(self, value):
+        """Replaces the decoder over codes."""
+        self.head.decoder = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        visit_ids: torch.LongTensor | None = None,
+        serial_ids: torch.LongTensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        max_seqlen: int | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        return_logits: bool | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> MaskedLMOutput:
+        """Predicts masked codes; inputs as in [`MedBertModel`].
+
+        Args:
+            labels: As `input_ids`, the true code at masked positions and -100 elsewhere.
+            return_logits: Whether to score every position, (batch, sequence, vocab). Default: only without `labels`,
+                since these scores are most of the cost of a step.
+            num_items_in_batch: Number of masked codes of the whole accumulated batch; the loss is the sum over it.
+        """
+        outputs = self.model(
+            input_ids, attention_mask, visit_ids, serial_ids, cu_seqlens, max_seqlen, inputs_embeds, **kwargs
+        )
+        states = outputs.last_hidden_state
+        loss = None if labels is None else _masked_lm_loss(self.head, states, labels, num_items_in_batch)
+        with_logits = labels is None if return_logits is None else return_logits
+        return MaskedLMOutput(
+            loss=loss,
+            logits=self.head(states) if with_logits else None,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def _masked_lm_loss(head: EhrPredictionHead, states, labels, num_items=None) -> torch.Tensor:
+    """Cross-entropy over masked rows: states (batch, sequence, hidden), labels (batch, sequence); mean without a count."""
+    rows = (labels.flatten() != -100).nonzero().squeeze(1)
+    targets = labels.flatten()[rows]
+    loss = head.loss(states.flatten(0, 1).index_select(0, rows), targets)
+    return loss / (max(len(targets), 1) if num_items is None else num_items)
+
+
+class MedBertForPreTraining(MedBertPreTrainedModel):
+    """Masked codes plus prolonged stay (any stay of more than 7 days), summed (section "Pretraining" of the paper)."""
+
+    # The sum of two means cannot be rescaled by one count of items.
+    accepts_loss_kwargs = False
+    _tied_weights_keys = {"head.decoder.weight": "model.embeddings.code_embeddings.weight"}  # noqa: RUF012
+
+    def __init__(self, config: MedBertConfig):
+        super().__init__(config)
+        self.model = MedBertModel(config)
+        self.head = EhrPredictionHead(config)
+        self.stay_classifier = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    def get_output_embeddings(self):
+        """The decoder over codes."""
+        return self.head.decoder
+
+    def set_output_embeddings(self, value):
+        """Replaces the decoder over codes."""
+        self.head.decoder = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        visit_ids: torch.LongTensor | None = None,
+        serial_ids: torch.LongTensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        max_seqlen: int | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        prolonged_stay_labels: torch.LongTensor | None = None,
+        return_logits: bool | None = None,
+        **kwargs,
+    ) -> MedBertForPreTrainingOutput:
+        """Both pre-training objectives; inputs as in [`MedBertModel`].
+
+        Args:
+            labels: Objective `masked_lm`: as `input_ids`, the true code at masked positions and -100 elsewhere.
+                Objective `masked_set`: (patients, k), the codes hidden from each patient, padded with -100.
+            prolonged_stay_labels: (patients,), 1 where any stay was longer than 7 days.
+            return_logits: Whether to return `prediction_logits`. Default: only without `labels`.
+        """
+        outputs = self.model(
+            input_ids, attention_mask, visit_ids, serial_ids, cu_seqlens, max_seqlen, inputs_embeds, **kwargs
+        )
+        stay_logits = self.stay_classifier(outputs.pooler_output)
+        code_states = outputs.last_hidden_state
+        if self.config.objective == "masked_set":
+            code_states = outputs.pooler_output
+        mlm_loss = None if labels is None else self._code_loss(code_states, labels)
+        stay_loss = None
+        if prolonged_stay_labels is not None:
+            stay_loss = nn.functional.cross_entropy(stay_logits.float(), prolonged_stay_labels)
+        with_logits = labels is None if return_logits is None else return_logits
+        return MedBertForPreTrainingOutput(
+            loss=self._total(mlm_loss, stay_loss),
+            stay_logits=stay_logits,
+            prediction_logits=self.head(code_states) if with_logits else None,
+            mlm_loss=None if mlm_loss is None else mlm_loss.detach(),
+            stay_loss=None if stay_loss is None else stay_loss.detach(),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _code_loss(self, states, labels):
+        """Mean cross-entropy over the hidden codes of the batch."""
+        if self.config.objective == "masked_set":
+            return self.head.loss(states, labels) / (labels != -100).sum().clamp(min=1)
+        return _masked_lm_loss(self.head, states, labels)
+
+    def _total(self, mlm_loss, stay_loss):
+        """`mlm_loss + stay_loss_weight * stay_loss`, of those that are there."""
+        if stay_loss is None:
+            return mlm_loss
+        stay_loss = self.config.stay_loss_weight * stay_loss
+        return stay_loss if mlm_loss is None else mlm_loss + stay_loss
+
+
+class MedBertForSequenceClassification(MedBertPreTrainedModel):
+    """Patient classification from the pooled vector ("Med-BERT only", the paper's feed-forward fine-tuning head)."""
+
+    def __init__(self, config: MedBertConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = MedBertModel(config)
+        dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        visit_ids: torch.LongTensor | None = None,
+        serial_ids: torch.LongTensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        max_seqlen: int | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutput:
+        """Scores patients; inputs as in [`MedBertModel`].
+
+        Args:
+            labels: (patients,) class index, or (patients, num_labels) of 0 and 1 under
+                `problem_type="multi_label_classification"`.
+            num_items_in_batch: Number of labels of the whole accumulated batch; the loss is the sum over it.
+
+        Returns:
+            `logits` (patients, num_labels).
+        """
+        outputs = self.model(
+            input_ids, attention_mask, visit_ids, serial_ids, cu_seqlens, max_seqlen, inputs_embeds, **kwargs
+        )
+        logits = self.classifier(self.dropout(outputs.pooler_output))
+        loss = None if labels is None else self._loss(logits, labels, num_items_in_batch)
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+    def _loss(self, logits, labels, num_items=None):
+        """Cross-entropy over classes, or binary cross-entropy over labels; the mean when there is no count."""
+        reduction = "mean" if num_items is None else "sum"
+        if self.config.problem_type == "multi_label_classification":
+            loss = nn.functional.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction=reduction)
+        else:
+            loss = nn.functional.cross_entropy(logits.float(), labels, reduction=reduction)
+        return loss if num_items is None else loss / num_items
+
+
+MedBertModel.register_for_auto_class("AutoModel")
+MedBertForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")
+MedBertForPreTraining.register_for_auto_class("AutoModelForPreTraining")
+MedBertForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
