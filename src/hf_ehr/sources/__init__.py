@@ -1,0 +1,1 @@
+"""Raw tables → EVENTS: one file per source, one public function each."""
