@@ -179,7 +179,7 @@ def chronic(codes: Iterable[str]) -> list[bool | None]:
 
 
 def icd10_ancestors(codes: Iterable[str]) -> list[list[str] | None]:
-    """Everything above each ICD-10-CM code in the published tree, nearest first, up to the chapter's number.
+    """Everything above each ICD-10-CM code in the published tree, nearest first, the chapter last.
 
     Needs ``simple-icd-10-cm`` (import takes about five seconds);
     :func:`hf_ehr.models.code_hierarchy.ancestors` gives the levels up to the category at once.
@@ -188,11 +188,16 @@ def icd10_ancestors(codes: Iterable[str]) -> list[list[str] | None]:
         ImportError: ``simple-icd-10-cm`` is not installed.
     """
     tree = _simple_icd_10_cm()
-    values = [code.removeprefix("ICD10CM/") if code.startswith("ICD10CM/") else "" for code in codes]
-    return [
-        [f"ICD10CM/{above}" for above in tree.get_ancestors(value)] if tree.is_valid_item(value) else None
-        for value in values
-    ]
+    codes = list(codes)
+    chains: list[list[str] | None] = []
+    for code, top in zip(codes, chapter(codes), strict=True):
+        value = code.removeprefix("ICD10CM/")
+        if top is None or not tree.is_valid_item(value):
+            chains.append(None)
+            continue
+        # The tree calls a chapter by its number; the range is the name used here.
+        chains.append([*(f"ICD10CM/{above}" for above in tree.get_ancestors(value)[:-1]), top])
+    return chains
 
 
 def _by_vocabulary(

@@ -1,0 +1,339 @@
+"""Tokenizer of coded histories: one token per medical code, with visits and the order inside them as further streams.
+
+The vocabulary is a WordLevel ``tokenizer.json``, so ``AutoTokenizer`` and the stock calls work on a string of codes
+separated by spaces. Histories go past the text machinery, which joins and splits strings for nothing: ids are looked
+up directly, in bulk for whole Arrow columns. The class defines no ``__init__``: transformers would then renumber the
+vocabulary while loading.
+"""
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from importlib import import_module
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
+
+from .code_hierarchy import parent
+
+SPECIAL_TOKENS = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
+MAX_VISITS = 999  # Med-BERT's visit table has 1,000 rows and row 0 is padding
+NO_ID = -1
+
+
+class EncodedColumn(NamedTuple):
+    """Histories of many patients, one after the other; patient ``i`` owns ``offsets[i]:offsets[i + 1]``.
+
+    Attributes:
+        input_ids: Code ids, (tokens,) int32.
+        visit_ids: Number of the visit within its patient from 1, (tokens,) int32.
+        serial_ids: Rank of the code within its visit from 0, (tokens,) int32.
+        offsets: Bounds of the patients, (patients + 1,) int64.
+    """
+
+    input_ids: np.ndarray
+    visit_ids: np.ndarray
+    serial_ids: np.ndarray
+    offsets: np.ndarray
+
+
+class EhrCodeTokenizer(PreTrainedTokenizerFast):
+    """Turns visits of ``VOCABULARY/CODE`` strings into ``input_ids``, ``visit_ids`` and ``serial_ids``.
+
+    - A code outside the vocabulary takes the id of its nearest known ancestor (``E11.65`` → ``E11.6`` → ``E11``), else
+      ``[UNK]``. The stock ``tokenizer("CODE CODE")`` call knows no back-off.
+    - A visit keeps the first of codes with equal ids; visits without codes are not counted.
+    - ``visit_ids`` start at 1 (0 is padding) and ``serial_ids`` at 0 in each visit.
+    - Too long a history loses its oldest visits whole; only a newest visit that alone is too long is cut, behind its
+      first ``max_length`` codes, the ones of highest priority. At most 999 visits stay (Med-BERT's visit table).
+
+    Build one with :meth:`from_codes` or :func:`hf_ehr.vocabulary.fit_tokenizer`.
+
+    Example:
+        >>> tokenizer = EhrCodeTokenizer.from_codes(["ICD10CM/E11", "ICD10CM/I50.9"])
+        >>> history = tokenizer.encode_patient([["ICD10CM/E11.65", "ICD10CM/I50.9"], ["ICD10CM/I50.9"]])
+        >>> history["input_ids"], history["visit_ids"], history["serial_ids"]
+        ([5, 6, 6], [1, 1, 2], [0, 1, 0])
+        >>> tokenizer.decode_patient(history["input_ids"], history["visit_ids"])
+        [['ICD10CM/E11', 'ICD10CM/I50.9'], ['ICD10CM/I50.9']]
+    """
+
+    model_input_names = ["input_ids", "visit_ids", "serial_ids", "attention_mask"]  # noqa: RUF012 - as in the base
+
+    @classmethod
+    def from_codes(cls, codes: Sequence[str], *, code_exact: bool = False, **state: Any) -> "EhrCodeTokenizer":
+        """A tokenizer whose ids are the special tokens and then ``codes`` in the order given.
+
+        Args:
+            codes: The vocabulary, distinct, most frequent first by custom.
+            code_exact: Ids of Med-BERT's published code: 0 is both padding and mask, codes start at 1. That vocabulary
+                has no unknown token, so a code without a known ancestor is dropped from the history (and the stock
+                call, which cannot drop, raises). The default keeps the two apart: ``[PAD]`` 0, ``[UNK]`` 1, ``[CLS]``
+                2, ``[SEP]`` 3, ``[MASK]`` 4, codes from 5.
+            **state: JSON-able facts kept in ``init_kwargs`` and ``tokenizer_config.json``; ``kinds`` names the code
+                lists of a RECORD that :meth:`encode_patient` reads.
+
+        Raises:
+            ValueError: A code occurs twice, is empty, or holds a space or the text of a special token.
+        """
+        named = {"pad_token": "[PAD]", "mask_token": "[PAD]"} if code_exact else SPECIAL_TOKENS
+        tokens = [*dict.fromkeys(named.values()), *codes]
+        _check_codes(codes, tokens)
+        backend = Tokenizer(WordLevel({token: index for index, token in enumerate(tokens)}, unk_token="[UNK]"))
+        backend.pre_tokenizer = WhitespaceSplit()
+        return cls(tokenizer_object=backend, truncation_side="left", **named, **state)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The code lists of a visit that histories are made of, in this order."""
+        return tuple(self.init_kwargs.get("kinds", ("diagnoses",)))
+
+    def codes_to_ids(self, codes: Any) -> np.ndarray:
+        """Ids of ``codes`` with back-off, in bulk.
+
+        Args:
+            codes: A list, numpy array, polars Series or Arrow (Chunked)Array of strings. Of a dictionary-encoded
+                (categorical) one only the dictionary is looked up, which is many times faster.
+
+        Returns:
+            (codes,) int32; -1 for an unknown code where the vocabulary has no ``[UNK]`` (``code_exact``).
+
+        Raises:
+            ValueError: ``codes`` holds a null or something that is no string.
+        """
+        if hasattr(codes, "to_arrow"):
+            codes = codes.to_arrow()
+        if hasattr(codes, "chunks"):
+            chunks = [self.codes_to_ids(chunk) for chunk in codes.chunks]
+            return np.concatenate(chunks) if chunks else np.empty(0, np.int32)
+        if getattr(codes, "null_count", 0):
+            raise ValueError(f"`codes` must not be null; {codes.null_count} are. Drop them first.")
+        if hasattr(codes, "dictionary"):
+            ids = import_module("pyarrow").array(self.codes_to_ids(codes.dictionary))
+            return ids.take(codes.indices).to_numpy()  # in half of numpy's time
+        if hasattr(codes, "to_pylist"):
+            return self._arrow_strings_to_ids(codes)
+        strings = codes.tolist() if isinstance(codes, np.ndarray) else codes
+        return np.fromiter(map(self._ids.__getitem__, strings), np.int32, len(strings))
+
+    def encode_patient(
+        self, visits: Sequence[Iterable[str]] | Mapping, *, max_length: int = 512, truncation: bool = True
+    ) -> dict[str, list[int]]:
+        """One history as equal-length lists.
+
+        Args:
+            visits: Lists of codes, oldest visit first, or a RECORD (a mapping with ``visits``).
+            max_length: Most codes to keep.
+            truncation: ``False`` keeps all codes (but never more than 999 visits).
+
+        Returns:
+            ``input_ids``, ``visit_ids``, ``serial_ids``, ``attention_mask``, each (codes,).
+        """
+        encoded = self.encode_patients([visits], max_length=max_length, truncation=truncation)
+        return {name: rows[0] for name, rows in encoded.items()}
+
+    def encode_patients(
+        self, patients: Iterable[Sequence[Iterable[str]] | Mapping], *, max_length: int = 512, truncation: bool = True
+    ) -> dict[str, list[list[int]]]:
+        """Several histories, unpadded: as :meth:`encode_patient`, one list per patient."""
+        histories = [self._visits(patient) for patient in patients]
+        visits = [visit for history in histories for visit in history]
+        column = self.encode_column(
+            [code for visit in visits for code in visit],
+            [len(visit) for visit in visits],
+            [len(history) for history in histories],
+            max_length=max_length if truncation else None,
+        )
+        *streams, offsets = column
+        streams.append(np.ones_like(column.input_ids))
+        bounds = list(pairwise(offsets))
+        return {
+            name: [values[start:end].tolist() for start, end in bounds]
+            for name, values in zip(self.model_input_names, streams, strict=True)
+        }
+
+    def encode_column(
+        self, codes: Any, visit_lengths: Any, patient_lengths: Any, *, max_length: int | None = 512
+    ) -> EncodedColumn:
+        """Histories of many patients at once, by the rules of :meth:`encode_patient` and without a loop over codes.
+
+        Args:
+            codes: All codes, patient after patient and visit after visit, as for :meth:`codes_to_ids`; (codes,).
+            visit_lengths: Codes of each visit, (visits,).
+            patient_lengths: Visits of each patient, oldest visit first, (patients,).
+            max_length: Most codes to keep of a patient; ``None`` keeps all.
+
+        Raises:
+            ValueError: The lengths do not add up, or ``max_length`` is below 1.
+        """
+        ids = self.codes_to_ids(codes)
+        visit_lengths, patient_lengths = np.asarray(visit_lengths, np.int64), np.asarray(patient_lengths, np.int64)
+        _check_lengths(len(ids), visit_lengths, patient_lengths, max_length)
+        visit = np.repeat(np.arange(len(visit_lengths)), visit_lengths)
+        first = _first_in_visit(ids, visit) & (ids != NO_ID)
+        if not first.all():
+            ids, visit = ids[first], visit[first]
+            visit_lengths = np.bincount(visit, minlength=len(visit_lengths))
+        kept = _codes_kept(visit_lengths, patient_lengths, max_length)
+        ids = ids[_ranks(visit_lengths) < np.repeat(kept, visit_lengths)]
+        ends = np.cumsum(patient_lengths)
+        seen = _total_before(kept > 0)
+        numbers = seen[1:] - np.repeat(seen[ends - patient_lengths], patient_lengths)
+        return EncodedColumn(
+            ids,
+            np.repeat(numbers.astype(np.int32), kept),
+            _ranks(kept).astype(np.int32),
+            np.append(0, _total_before(kept)[ends]),
+        )
+
+    def decode_patient(self, input_ids: Any, visit_ids: Any) -> list[list[str]]:
+        """The visits behind ``input_ids`` and ``visit_ids``, both (codes,); padding (visit 0) is left out."""
+        visits: dict[int, list[str]] = {}
+        ids, numbers = np.asarray(input_ids).tolist(), np.asarray(visit_ids).tolist()
+        for number, code in zip(numbers, self.convert_ids_to_tokens(ids), strict=True):
+            if number:
+                visits.setdefault(number, []).append(code)
+        return list(visits.values())
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> tuple[str, ...]:
+        """As in the base class, but the padding or truncation of an earlier call stays out of ``tokenizer.json``."""
+        self.backend_tokenizer.no_padding()
+        self.backend_tokenizer.no_truncation()
+        return super().save_pretrained(*args, **kwargs)
+
+    @cached_property
+    def _ids(self) -> "_CodeIds":
+        return _CodeIds(self.get_vocab(), NO_ID if self.unk_token_id is None else self.unk_token_id)
+
+    def _add_tokens(self, *args: Any, **kwargs: Any) -> int:
+        self.__dict__.pop("_ids", None)
+        return super()._add_tokens(*args, **kwargs)
+
+    def _arrow_strings_to_ids(self, codes: Any) -> np.ndarray:
+        """Hash join of an Arrow string array with the vocabulary; a short array is looked up string by string."""
+        table = self._ids
+        if 4 * len(codes) < len(table):
+            return self.codes_to_ids(codes.to_pylist())
+        compute = import_module("pyarrow.compute")
+        rows = compute.index_in(codes, value_set=table.as_arrow(codes.type)[0])
+        if rows.null_count:
+            for code in compute.unique(codes.filter(rows.is_null())).to_pylist():
+                table[code]  # looked up to be remembered
+            rows = compute.index_in(codes, value_set=table.as_arrow(codes.type)[0])
+        return table.as_arrow(codes.type)[1].take(rows).to_numpy()
+
+    def _visits(self, patient: Sequence[Iterable[str]] | Mapping) -> list[list[str]]:
+        visits = patient["visits"] if isinstance(patient, Mapping) else patient
+        if any(isinstance(visit, str) for visit in visits):
+            raise ValueError("A patient must be a list of visits, each a list of codes; got a list of strings.")
+        return [
+            [code for kind in self.kinds for code in visit[kind] or ()] if isinstance(visit, Mapping) else list(visit)
+            for visit in visits
+        ]
+
+
+class _CodeIds(dict):
+    """Code → id. A code asked for the first time takes its parent's id and is remembered."""
+
+    def __init__(self, vocabulary: dict[str, int], unknown: int):
+        super().__init__(vocabulary)
+        self.unknown = unknown
+        self.arrow: tuple[Any, Any] | None = None
+
+    def __missing__(self, code: str) -> int:
+        if not isinstance(code, str):
+            raise ValueError(f"`codes` must hold strings (VOCABULARY/CODE), got {type(code).__name__}.")
+        above = parent(code)
+        self[code] = index = self.unknown if above is None else self[above]
+        return index
+
+    def as_arrow(self, string_type: Any) -> tuple[Any, Any]:
+        """The codes and their ids as two Arrow arrays, made again when codes were added."""
+        if self.arrow is None or len(self.arrow[0]) != len(self) or self.arrow[0].type != string_type:
+            # Whoever asks has pyarrow; an import statement would make the Hub's loader demand it of everybody.
+            array = import_module("pyarrow").array
+            self.arrow = array(list(self), type=string_type), array(np.fromiter(self.values(), np.int32, len(self)))
+        return self.arrow
+
+
+def _check_codes(codes: Sequence[str], tokens: list[str]) -> None:
+    if len(set(tokens)) < len(tokens):
+        raise ValueError("`codes` must be distinct and none a special token. Remove the repeated ones.")
+    for code in codes:
+        if not code or any(character.isspace() for character in code):
+            raise ValueError(f"`codes` must be neither empty nor hold white space, got {code!r}.")
+        if any(special in code for special in SPECIAL_TOKENS.values()):
+            raise ValueError(f"`codes` must not hold the text of a special token, got {code!r}.")
+
+
+def _check_lengths(codes: int, visit_lengths: np.ndarray, patient_lengths: np.ndarray, max_length: int | None) -> None:
+    if visit_lengths.sum() != codes:
+        raise ValueError(f"`visit_lengths` must add up to the {codes} codes, got {visit_lengths.sum()}.")
+    if patient_lengths.sum() != len(visit_lengths):
+        raise ValueError(
+            f"`patient_lengths` must add up to the {len(visit_lengths)} visits, got {patient_lengths.sum()}."
+        )
+    if max_length is not None and max_length < 1:
+        raise ValueError(f"`max_length` must be at least 1 or None, got {max_length}.")
+
+
+def _total_before(values: np.ndarray) -> np.ndarray:
+    """Exclusive running total with the grand total behind it, (values + 1,) int64."""
+    return np.append(0, np.cumsum(values, dtype=np.int64))
+
+
+def _ranks(lengths: np.ndarray) -> np.ndarray:
+    """0, 1, … within each run of the given lengths, (sum of lengths,) int64."""
+    return np.arange(lengths.sum()) - np.repeat(_total_before(lengths)[:-1], lengths)
+
+
+def _first_in_visit(ids: np.ndarray, visit: np.ndarray) -> np.ndarray:
+    """Which codes have no equal before them in their visit; ``ids`` and the ascending ``visit`` are (codes,)."""
+    first = np.ones(len(ids), bool)
+    if not len(ids):
+        return first
+    base = int(ids.max()) + 2  # ids start at -1
+    keys = visit * base + ids
+    ordered = np.sort(keys, kind="stable")  # fast here, for the visits are in order already
+    repeated = ordered[1:][ordered[1:] == ordered[:-1]]
+    if len(repeated):  # a few visits, so only their codes are sorted a second time, with positions
+        affected = np.zeros(int(visit[-1]) + 1, bool)
+        affected[(repeated + 1) // base] = True
+        positions = np.flatnonzero(affected[visit])
+        first[positions] = False
+        first[positions[np.unique(keys[positions], return_index=True)[1]]] = True
+    return first
+
+
+def _codes_kept(visit_lengths: np.ndarray, patient_lengths: np.ndarray, max_length: int | None) -> np.ndarray:
+    """How many codes each visit keeps from its front, (visits,) int64: the rules of truncation."""
+    ends = np.cumsum(patient_lengths)
+
+    def from_here_on(values: np.ndarray) -> np.ndarray:
+        """Sum of ``values`` over this and the patient's later visits."""
+        before = _total_before(values)
+        return np.repeat(before[ends], patient_lengths) - before[:-1]
+
+    newness = from_here_on(visit_lengths > 0)  # 1 for the newest visit that has codes
+    recent = newness <= MAX_VISITS
+    fits = np.ones(len(visit_lengths), bool) if max_length is None else from_here_on(visit_lengths) <= max_length
+    if (fits & ~recent).any():
+        warnings.warn(f"Histories of more than {MAX_VISITS} visits keep only the last {MAX_VISITS}.", stacklevel=3)
+    kept = np.where(fits & recent, visit_lengths, 0)
+    if max_length is not None:
+        kept = np.where(newness == 1, np.minimum(visit_lengths, max_length), kept)
+    return kept
+
+
+EhrCodeTokenizer.register_for_auto_class("AutoTokenizer")
