@@ -1,11 +1,12 @@
 """The relational engine of the sources: one Ibis expression, run by DuckDB in process or by Spark.
 
 A file is read as text and every declared column is parsed here, so that both engines agree on what a number or a date
-is and no row is dropped without a trace: what cannot be parsed ends in ``Scan.rejected`` with its file, row and reason.
+is and no row is dropped without a trace: what cannot be parsed ends in ``Scan.rejected`` with file, row and reason.
 """
 
 from __future__ import annotations
 
+import csv
 import gzip
 import re
 import tempfile
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from hf_ehr.schema import EVENT_SCHEMA, LABEL_SCHEMA, REJECTED_SCHEMA, EhrDataError
+from hf_ehr.schema import EVENT_SCHEMA, LABEL_SCHEMA, EhrDataError
 
 if TYPE_CHECKING:
     import ibis.expr.types as ir
@@ -32,6 +33,7 @@ _FLOAT = r"^[+-]?([0-9]+[.]?[0-9]*|[.][0-9]+)([eE][+-]?[0-9]+)?$"
 _TIMESTAMP = (
     r"^[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}([ T][0-9]{1,2}:[0-9]{2}(:[0-9]{2}([.][0-9]+)?)?(Z|[+-][0-9]{2}(:[0-9]{2})?)?)?$"
 )
+_TEXT = "_text_"
 _COMPACT_DATE = r"^[0-9]{8}$"
 
 
@@ -175,12 +177,14 @@ class Engine:
             if path.is_dir() or path.suffix == ".parquet":
                 return self.con.read_parquet(_parquet_files(path))
             delimiter = delimiter or ("\t" if ".tsv" in path.suffixes else ",")
+            names = _first_line(path, delimiter, header)
             if self.name == "duckdb":
-                csv = {"all_varchar": True, "header": header, "delim": delimiter, "quote": '"', "escape": '"'}
+                options: dict[str, Any] = {"auto_detect": False, "header": header, "delim": delimiter}
+                options["columns"] = dict.fromkeys(names, "VARCHAR")
             else:
-                csv = {"inferSchema": False, "header": header, "sep": delimiter, "quote": '"', "escape": '"'}
-                csv |= {"multiLine": True, "mode": "FAILFAST"}
-            return self.con.read_csv(str(path), **csv)
+                options = {"inferSchema": False, "header": header, "sep": delimiter}
+                options |= {"multiLine": True, "mode": "FAILFAST"}
+            return self.con.read_csv(str(path), quote='"', escape='"', **options)
 
     def _number(self, raw: ir.Table) -> ir.Table:
         import ibis
@@ -238,11 +242,8 @@ def find_table(input_dir: Path, name: str, *, folders: Sequence[str] = ("",), re
         if not directory.is_dir():
             continue
         found = {path.name.lower(): path for path in sorted(directory.iterdir())}
-        for candidate in wanted:
-            path = found.get(candidate)
-            if path is not None and (
-                candidate != name.lower() or (path.is_dir() and _parquet_files(path, check=False))
-            ):
+        for path in filter(None, map(found.get, wanted)):
+            if path.is_file() or any(path.rglob("*.parquet")):
                 return path
     if required:
         places = " or ".join(str(Path(input_dir) / folder) for folder in folders)
@@ -268,8 +269,9 @@ def reject(
     import ibis
 
     broken = broken.fill_null(False)
-    texts = [table[name].cast("string").fill_null("") for name in column.split(",")]
-    value = texts[0] if len(texts) == 1 else ibis.literal(",").join(texts)
+    value, *others = [table[name].cast("string") for name in column.split(",")]
+    for other in others:
+        value = value.fill_null("") + "," + other.fill_null("")
     rejected = table.filter(broken).select(
         file=ibis.literal(file), row=table[ROW], column=ibis.literal(column), value=value, reason=ibis.literal(reason)
     )
@@ -332,21 +334,34 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def _without_data(message: str) -> str:
-    line = re.search(r"(?:CSV Error on )?Line: (\d+)", message)
+    line = re.search(r"Line: (\d+)", message)
     if line:
-        second = (message.splitlines() + [""] * 3)[2]
-        rule = (
-            second
-            if second.startswith(("Expected", "Value", "Invalid", "Maximum"))
-            else "its columns do not match the header"
-        )
-        return f"line {line.group(1)} ({rule.strip()})."
+        rules = [
+            text for text in message.splitlines() if text.startswith(("Expected", "Value with", "Invalid unicode"))
+        ]
+        return f"line {line.group(1)}: {rules[0] if rules else 'it does not fit the header.'}"
     return message.splitlines()[0][:200] if message else "unknown error."
 
 
-def _parquet_files(path: Path, check: bool = True) -> list[str]:
+def _first_line(path: Path, delimiter: str, header: bool) -> list[str]:
+    """The column names of a CSV file, ``column0``, … without a header."""
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", encoding="utf-8-sig", newline="") as stream:
+        names = next(csv.reader(stream, delimiter=delimiter), [])
+    if not names:
+        raise EhrDataError(f"{path} is empty. Export the table again.")
+    if not header:
+        return [f"column{number}" for number in range(len(names))]
+    folded = [name.strip().lower() for name in names]
+    twice = sorted({name for name in folded if folded.count(name) > 1})
+    if twice:
+        raise EhrDataError(f"{path} has the column `{twice[0]}` more than once. Rename or drop one.")
+    return names
+
+
+def _parquet_files(path: Path) -> list[str]:
     files = sorted(str(part) for part in path.rglob("*.parquet")) if path.is_dir() else [str(path)]
-    if check and not files:
+    if not files:
         raise EhrDataError(f"{path} holds no Parquet file.")
     return files
 
@@ -377,50 +392,61 @@ def _check_rows(
     """Parses the declared columns and splits the rows by the first rule they break."""
     import ibis
 
-    texts, values, checks = {}, {}, []
+    cells: dict[str, Any] = {ROW: raw[ROW]}
     for name, column in columns.items():
         source = names[name]
         if source is None:
-            values[name] = ibis.null(column.type)
-            continue
-        text, value = _parse(raw[source], column.type, null_values)
-        texts[f"_text_{name}"], values[name] = text, value
-    parsed = raw.select(**{ROW: raw[ROW]}, **values, **texts)
+            cells[name] = ibis.null(column.type)
+        else:
+            cells[_TEXT + name], cells[name] = _parse(raw[source], column.type, null_values)
+    parsed = raw.select(**cells)
+    rules: list[tuple[ir.BooleanValue, str, str]] = []
     for name, column in columns.items():
-        if names[name] is None:
-            continue
-        text = parsed[f"_text_{name}"]
         if column.required:
-            checks.append((text.isnull(), name, text, f"`{name}` is missing"))
-        if column.type != "string":
-            checks.append(
-                (text.notnull() & parsed[name].isnull(), name, text, f"`{name}` is no readable {column.type}")
-            )
-    clean = [ROW, *columns]
-    rejected_schema = {field.name: None for field in REJECTED_SCHEMA}
-    if checks:
-        broken = ibis.cases(*[(condition, number) for number, (condition, *_) in enumerate(checks)], else_=-1)
-        parsed = parsed.mutate(_broken=broken)
-        bad = parsed.filter(parsed["_broken"] >= 0)
-        pick = [(bad["_broken"] == number) for number in range(len(checks))]
-        rejected = bad.select(
-            file=ibis.literal(file),
-            row=bad[ROW],
-            column=ibis.cases(*[(hit, check[1]) for hit, check in zip(pick, checks, strict=True)]),
-            value=ibis.cases(*[(hit, bad[f"_text_{check[1]}"]) for hit, check in zip(pick, checks, strict=True)]),
-            reason=ibis.cases(*[(hit, check[3]) for hit, check in zip(pick, checks, strict=True)]),
-        )
-        valid = parsed.filter(parsed["_broken"] < 0).select(*clean)
-    else:
-        valid = parsed.select(*clean)
-        rejected = reject(valid, ibis.literal(False), file=file, column=next(iter(columns)), reason="")[1]
+            rules.append((parsed[_TEXT + name].isnull(), name, f"`{name}` is missing"))
+        if column.type != "string" and names[name] is not None:
+            unreadable = parsed[name].isnull() & parsed[_TEXT + name].notnull()
+            rules.append((unreadable, name, f"`{name}` is no readable {column.type}"))
+    valid, rejected = _first_broken(parsed, rules, file)
+    valid = valid.select(ROW, *columns)
     if key:
-        order = ibis.window(group_by=list(key), order_by=[valid[name] for name in columns if name not in key])
-        ranked = valid.mutate(_repeat=ibis.row_number().over(order))
-        reason = f"repeats the key ({', '.join(key)}) of another row"
-        valid, repeats = reject(ranked, ranked["_repeat"] > 0, file=file, column=",".join(key), reason=reason)
-        valid, rejected = valid.select(*clean), rejected.union(repeats)
-    return Scan(valid, rejected.select(*rejected_schema))
+        valid, repeats = _unique(valid, columns, key, file)
+        rejected = rejected.union(repeats)
+    return Scan(valid, rejected)
+
+
+def _first_broken(
+    parsed: ir.Table, rules: list[tuple[ir.BooleanValue, str, str]], file: str
+) -> tuple[ir.Table, ir.Table]:
+    """Splits by the first of several (condition, column, reason) in one pass over the file."""
+    import ibis
+
+    if not rules:
+        return reject(parsed, ibis.literal(False), file=file, column=ROW, reason="")
+    numbered = [(condition, number) for number, (condition, *_) in enumerate(rules)]
+    parsed = parsed.mutate(_rule=ibis.cases(*numbered, else_=-1))
+    bad = parsed.filter(parsed["_rule"] >= 0)
+    hits = [bad["_rule"] == number for number in range(len(rules))]
+    rejected = bad.select(
+        file=ibis.literal(file),
+        row=bad[ROW],
+        column=ibis.cases(*[(hit, name) for hit, (_, name, _) in zip(hits, rules, strict=True)]),
+        value=ibis.cases(*[(hit, bad[_TEXT + name]) for hit, (_, name, _) in zip(hits, rules, strict=True)]),
+        reason=ibis.cases(*[(hit, reason) for hit, (_, _, reason) in zip(hits, rules, strict=True)]),
+    )
+    return parsed.filter(parsed["_rule"] < 0), rejected
+
+
+def _unique(
+    table: ir.Table, columns: Mapping[str, Column], key: tuple[str, ...], file: str
+) -> tuple[ir.Table, ir.Table]:
+    import ibis
+
+    order = ibis.window(group_by=list(key), order_by=[table[name] for name in columns if name not in key])
+    ranked = table.mutate(_repeat=ibis.row_number().over(order))
+    reason = f"repeats the key ({', '.join(key)}) of another row"
+    kept, repeats = reject(ranked, ranked["_repeat"] > 0, file=file, column=",".join(key), reason=reason)
+    return kept.select(ROW, *columns), repeats
 
 
 def _parse(raw: ir.Column, dtype: ColumnType, null_values: tuple[str, ...]) -> tuple[ir.StringValue, ir.Value]:
