@@ -194,7 +194,7 @@ def test_bad_arguments_are_named(arguments, message):
 
 
 def naive_vocabulary(histories: dict[int, list[str]], min_count: int, min_patients: int) -> set[str]:
-    """The privacy rule with Python sets: deepest codes first, a rare one hands patients and occurrences to its parent."""
+    """The privacy rule with Python lists: deepest codes first, a rare one hands all it has to its parent."""
     held: dict[str, list[int]] = {}
     for who, codes in histories.items():
         for code in codes:
@@ -213,18 +213,11 @@ def naive_vocabulary(histories: dict[int, list[str]], min_count: int, min_patien
     return kept
 
 
-leaf_codes = st.sampled_from(
-    [
-        "ICD10CM/E11",
-        "ICD10CM/E11.6",
-        "ICD10CM/E11.65",
-        "ICD10CM/E11.69",
-        "ICD10CM/E11.21",
-        "ICD10CM/I50.9",
-        "ATC/A10BA02",
-    ]
-    + ["ATC/A10BA", "ATC/A10BB01", "NDC/1"]
-)
+LEAVES = """
+ICD10CM/E11 ICD10CM/E11.6 ICD10CM/E11.65 ICD10CM/E11.69 ICD10CM/E11.21 ICD10CM/I50.9
+ATC/A10BA02 ATC/A10BA ATC/A10BB01 NDC/1
+"""
+leaf_codes = st.sampled_from(LEAVES.split())
 
 
 @settings(max_examples=60, deadline=None)
@@ -261,6 +254,6 @@ def test_the_mimic3_demo_backs_off_to_codes_that_eleven_patients_share(real_data
         assert below["subject_id"].n_unique() >= 11, code
     report = coverage(tokenizer, table)
     assert report.occurrences == rows.select("hadm_id", "code").n_unique()
-    assert report.exact > 0.3
-    assert report.backed_off > 0.05
+    # 100 patients are few: each of the three ways is taken often.
+    assert min(report.exact, report.backed_off, report.unknown) > 0.1
     assert report.exact + report.backed_off + report.unknown == pytest.approx(1)

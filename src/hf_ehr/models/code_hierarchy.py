@@ -13,10 +13,10 @@ import re
 from bisect import bisect_right
 
 _SHAPES = {
-    "ICD9CM": re.compile(r"(?:\d{3}|V\d{2}|E\d{3})(?:\.\d{1,2})?"),
-    "ICD9Proc": re.compile(r"\d{2}(?:\.\d{1,2})?"),
-    "ICD10CM": re.compile(r"[A-Z](?:\d[0-9A-Z]|[A-Z]\d)(?:\.[0-9A-Z]{1,4})?"),
-    "ATC": re.compile(r"[A-Z](?:\d{2}(?:[A-Z](?:[A-Z](?:\d{2})?)?)?)?"),
+    "ICD9CM": re.compile(r"(?:[0-9]{3}|V[0-9]{2}|E[0-9]{3})(?:\.[0-9]{1,2})?"),
+    "ICD9Proc": re.compile(r"[0-9]{2}(?:\.[0-9]{1,2})?"),
+    "ICD10CM": re.compile(r"[A-Z](?:[0-9][0-9A-Z]|[A-Z][0-9])(?:\.[0-9A-Z]{1,4})?"),
+    "ATC": re.compile(r"[A-Z](?:[0-9]{2}(?:[A-Z](?:[A-Z](?:[0-9]{2})?)?)?)?"),
 }
 _ATC_PARENT_LENGTH = {7: 5, 5: 4, 4: 3, 3: 1}
 
