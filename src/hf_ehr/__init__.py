@@ -9,6 +9,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForPreTraining,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
 )
 
 from .models.configuration_medbert import MedBertConfig
@@ -18,6 +19,7 @@ from .models.modeling_medbert import (
     MedBertForSequenceClassification,
     MedBertModel,
 )
+from .models.tokenization_ehr import EhrCodeTokenizer
 from .version import __version__
 
 AutoConfig.register("ehr_medbert", MedBertConfig, exist_ok=True)
@@ -25,8 +27,10 @@ AutoModel.register(MedBertConfig, MedBertModel, exist_ok=True)
 AutoModelForMaskedLM.register(MedBertConfig, MedBertForMaskedLM, exist_ok=True)
 AutoModelForPreTraining.register(MedBertConfig, MedBertForPreTraining, exist_ok=True)
 AutoModelForSequenceClassification.register(MedBertConfig, MedBertForSequenceClassification, exist_ok=True)
+AutoTokenizer.register(MedBertConfig, tokenizer_class=EhrCodeTokenizer, exist_ok=True)
 
 __all__ = [
+    "EhrCodeTokenizer",
     "MedBertConfig",
     "MedBertForMaskedLM",
     "MedBertForPreTraining",

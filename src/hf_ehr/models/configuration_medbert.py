@@ -30,10 +30,14 @@ class MedBertConfig(PreTrainedConfig):
             script does, and depends on the batch. The default is `mean`: a sum of up to 512 states gives logits
             of order 10-100 at the start and a confidence that grows with the length of the history.
         norm_position: `post` is BERT's order (the paper), `pre` normalises before each sub-layer.
-        objective: Pre-training objective of the codes. `masked_lm` is the paper's; `masked_set` hides half of the codes
+        objective: Pre-training objective of the codes. `masked_lm` is the paper's; `masked_set` hides half of them
             and predicts them all from the mean of the visible ones.
         stay_loss_weight: Weight of the prolonged-stay loss beside the code loss (1 in the paper).
         initializer_range: Standard deviation of the truncated normal that weights start from.
+        attention_gain: `None` starts the attention projections from the truncated normal, like BERT. A number starts
+            value and output projections as the identity, the value times this gain: a masked code then sees the mean
+            of its patient's codes from the first step, as loud as itself at a gain of about the root of the number of
+            codes. Without it, small models stay at the unigram for epochs.
         layer_norm_eps: Epsilon of the layer norms.
         classifier_dropout: Dropout before the classifier; `hidden_dropout_prob` when `None`.
         pad_token_id: Id of `[PAD]`.
@@ -71,6 +75,7 @@ class MedBertConfig(PreTrainedConfig):
     objective: Literal["masked_lm", "masked_set"] = "masked_lm"
     stay_loss_weight: float | int = 1.0
     initializer_range: float = 0.02
+    attention_gain: float | int | None = None
     layer_norm_eps: float = 1e-12
     classifier_dropout: float | int | None = None
     pad_token_id: int | None = 0
@@ -79,7 +84,7 @@ class MedBertConfig(PreTrainedConfig):
     thresholds: dict | None = None
 
     def __post_init__(self, **kwargs):
-        # All heads must be reachable from a checkpoint of any one of them (`save_pretrained` only names the saved class).
+        # A checkpoint of one head must open as any other; `save_pretrained` only names the saved class.
         self.auto_map = kwargs.pop("auto_map", None) or {
             "AutoConfig": "configuration_medbert.MedBertConfig",
             "AutoModel": "modeling_medbert.MedBertModel",

@@ -1,4 +1,4 @@
-"""What every encoder of the package shares: attention over padded or packed patients, layers, pooling, masked-row loss.
+"""What every encoder of the package shares: attention over padded or packed patients, pooling, masked-row loss.
 
 Packed means: the codes of all patients of a batch in one row `(1, total)`, borders in `cu_seqlens` `(patients + 1,)`.
 Nothing is paid for padding, and no patient sees another.
@@ -98,6 +98,17 @@ def packed_attention(qkv, packed: PackedSequences, runs, scaling: float, dropout
     return torch.cat(outputs)
 
 
+class IdentityStartLinear(nn.Linear):
+    """A projection whose last rows start as the identity times `gain`, if there is one (config `attention_gain`)."""
+
+    gain: float | None = None
+
+    def identity_start(self) -> torch.Tensor:
+        """The weight with its last rows replaced, (out, in)."""
+        identity = torch.eye(self.in_features, device=self.weight.device, dtype=self.weight.dtype)
+        return torch.cat([self.weight[: -self.in_features], self.gain * identity])
+
+
 class EhrAttention(nn.Module):
     """Multi-head self-attention with one fused projection; bidirectional."""
 
@@ -109,8 +120,10 @@ class EhrAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.dropout = config.attention_probs_dropout_prob
         self.is_causal = False
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.qkv = IdentityStartLinear(config.hidden_size, 3 * config.hidden_size)
+        self.out_proj = IdentityStartLinear(config.hidden_size, config.hidden_size)
+        if config.attention_gain is not None:
+            self.qkv.gain, self.out_proj.gain = config.attention_gain, 1.0
 
     def forward(self, hidden_states, attention_mask=None, packed=None, runs=None, **kwargs):
         """(batch, sequence, hidden) → the same shape, and the attention weights where the implementation has them."""

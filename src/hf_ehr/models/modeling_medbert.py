@@ -20,7 +20,15 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_medbert import MedBertConfig
-from .modeling_ehr import EhrAttention, EhrEncoder, EhrLayer, EhrPredictionHead, PackedSequences, pool_states
+from .modeling_ehr import (
+    EhrAttention,
+    EhrEncoder,
+    EhrLayer,
+    EhrPredictionHead,
+    IdentityStartLinear,
+    PackedSequences,
+    pool_states,
+)
 
 
 @dataclass
@@ -89,6 +97,8 @@ class MedBertPreTrainedModel(PreTrainedModel):
             # BERT's truncated normal; the library's own default is the untruncated one.
             std = self.config.initializer_range
             init.trunc_normal_(module.weight, mean=0.0, std=std, a=-2 * std, b=2 * std)
+        if isinstance(module, IdentityStartLinear) and module.gain is not None:
+            init.copy_(module.weight, module.identity_start())
 
     def get_input_embeddings(self):
         """The code embeddings."""
@@ -151,7 +161,7 @@ class MedBertModel(MedBertPreTrainedModel):
         if longest > self.config.max_position_embeddings:
             raise ValueError(
                 f"`input_ids` has a patient of {longest} codes, `max_position_embeddings` is "
-                f"{self.config.max_position_embeddings}. Encode with `max_length={self.config.max_position_embeddings}`."
+                f"{self.config.max_position_embeddings}. Encode with that number as `max_length`."
             )
         if visit_ids is None:
             visit_ids = torch.ones(codes.shape, dtype=torch.long, device=codes.device)
@@ -253,7 +263,7 @@ class MedBertForMaskedLM(MedBertPreTrainedModel):
 
 
 def _masked_lm_loss(head: EhrPredictionHead, states, labels, num_items=None) -> torch.Tensor:
-    """Cross-entropy over masked rows: states (batch, sequence, hidden), labels (batch, sequence); mean without a count."""
+    """Cross-entropy over the masked rows of states (batch, sequence, hidden); the mean when there is no count."""
     rows = (labels.flatten() != -100).nonzero().squeeze(1)
     targets = labels.flatten()[rows]
     loss = head.loss(states.flatten(0, 1).index_select(0, rows), targets)

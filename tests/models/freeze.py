@@ -1,0 +1,28 @@
+"""Writes the committed tiny checkpoints and their expected outputs: `python -m tests.models.freeze`.
+
+Existing weights are kept; only a missing checkpoint is made anew. The outputs are always recomputed.
+"""
+
+import json
+
+from tests.models.common import FIXTURES
+from tests.models.test_medbert import TestMedBert, TestMedBertOptions
+
+FAMILIES = (TestMedBert(), TestMedBertOptions())
+
+
+def main() -> None:
+    for family in FAMILIES:
+        folder = FIXTURES / family.fixture
+        for head in family.heads:
+            if not (folder / str(head)).is_dir():
+                model = family.model(head, initializer_range=0.2, hidden_size=8, intermediate_size=8)
+                model.save_pretrained(folder / str(head))
+                for copied in (folder / str(head)).glob("*.py"):
+                    copied.unlink()  # the code under test is the package's
+        outputs = {str(head): family.frozen_output(head).tolist() for head in family.heads}
+        (folder / "expected.json").write_text(json.dumps(outputs, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
