@@ -322,7 +322,7 @@ class FamilySuite:
         return self.output(head, model, self.inputs(head, seed=3)).flatten(1)[:, :8]
 
     def test_it_loads_without_the_package(self, tmp_path):
-        """Every head at once: a process in which `hf_ehr` cannot be imported loads the folder and gets equal numbers."""
+        """Every head at once: a process that cannot import `hf_ehr` loads the folder and gets equal numbers."""
         batch = padded_batch(self.vocab_size)
         torch.save(batch, tmp_path / "batch.pt")
         for head in self.heads:

@@ -31,7 +31,12 @@ def masked_labels(batch: dict) -> dict:
 
 
 def code_loss(logits, labels):
-    return torch.stack([-logits[i].log_softmax(-1)[labels[i]] for i in zip(*torch.where(labels != -100))]).mean()
+    return torch.stack(
+        [
+            -row.log_softmax(-1)[label]
+            for row, label in zip(logits[labels != -100], labels[labels != -100], strict=True)
+        ]
+    ).mean()
 
 
 def stay_loss(logits):
