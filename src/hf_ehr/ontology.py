@@ -102,7 +102,8 @@ def describe(codes: Iterable[str], *, non_billable: bool = False) -> list[str | 
             billable codes lack. Needs ``simple-icd-10-cm``, whose import takes about five seconds.
 
     Returns:
-        One name per code, ``None`` where there is none (ICD-9 categories have none in these lists).
+        One name per code, ``None`` where there is none. The lists are those of one year (ICD-9 2015, ICD-10 2024):
+        ICD-9 categories and codes divided into finer ones before have none (MIMIC-III's 276.5, 585).
 
     Raises:
         ImportError: ``non_billable`` is set and ``simple-icd-10-cm`` is not installed.
