@@ -1,0 +1,222 @@
+"""Bootstrap intervals over patients, for one model, for a paired difference, and over repeated draws.
+
+All rows of a patient enter a resample together: rows of one patient resemble each other, and resampling rows would
+call a figure more certain than it is. A resample is a vector of row weights (how often the patient was drawn), so a
+metric is any ``metric(y, p, sample_weight) -> float`` of ``metrics.py`` and nothing is copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from hf_ehr._scores import Array
+
+Metric = Callable[[Array, Array, Array], float]
+
+NO_DIFFERENCE = "no difference shown"
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure and its percentile bootstrap interval.
+
+    Attributes:
+        value: On the data as they are; NaN where undefined.
+        low: Lower end.
+        high: Upper end.
+        level: Coverage aimed at, e.g. .95.
+        resamples: Resamples the interval rests on.
+        skipped: Resamples left out because the metric was undefined in them (one class only).
+        p_value: Differences only: two-sided bootstrap p of "no difference", at least 2 / (resamples + 1).
+    """
+
+    value: float
+    low: float
+    high: float
+    level: float = 0.95
+    resamples: int = 0
+    skipped: int = 0
+    p_value: float | None = None
+
+    def __str__(self) -> str:
+        if np.isnan(self.value):
+            return "–"
+        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+
+def patient_bootstrap(
+    metric: Metric,
+    y: ArrayLike,
+    p: ArrayLike,
+    patients: ArrayLike,
+    *,
+    n_resamples: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval:
+    """Percentile bootstrap interval of ``metric``, patients drawn with replacement.
+
+    Args:
+        metric: ``metric(y, p, sample_weight)``.
+        y: Labels, ``(n,)``.
+        p: Predictions, ``(n,)``.
+        patients: Patient of each row, ``(n,)``, any hashable dtype.
+        n_resamples: Number of resamples.
+        seed: Of the resampling; the same seed draws the same patients for every model.
+        level: Coverage.
+
+    Raises:
+        ValueError: Shapes differ, or an argument is out of range.
+    """
+    return crossed_bootstrap(
+        metric, y, np.asarray(p)[None], None, patients, n_resamples=n_resamples, seed=seed, level=level
+    )
+
+
+def paired_bootstrap(
+    metric: Metric,
+    y: ArrayLike,
+    p_a: ArrayLike,
+    p_b: ArrayLike,
+    patients: ArrayLike,
+    *,
+    n_resamples: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval:
+    """Interval of ``metric(a) − metric(b)``, both scored on the same resampled patients.
+
+    Raises:
+        ValueError: As ``patient_bootstrap``.
+    """
+    a, b = np.asarray(p_a)[None], np.asarray(p_b)[None]
+    return crossed_bootstrap(metric, y, a, b, patients, n_resamples=n_resamples, seed=seed, level=level)
+
+
+def crossed_bootstrap(
+    metric: Metric,
+    y: ArrayLike,
+    p_a: ArrayLike,
+    p_b: ArrayLike | None,
+    patients: ArrayLike,
+    *,
+    n_resamples: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval:
+    """Interval over two random factors, patients × draws (label draws or training seeds), averaged over the draws.
+
+    Each resample draws patients and, independently, rows of ``p_a`` and ``p_b`` (the same rows for both), as in the
+    pigeonhole bootstrap of Owen (2007): the interval covers a new test set and a new draw. With one draw it is the
+    patient bootstrap.
+
+    Args:
+        metric: ``metric(y, p, sample_weight)``.
+        y: Labels of the one test set, ``(n,)``.
+        p_a: Predictions, ``(draws, n)``.
+        p_b: Predictions of the rival, ``(draws, n)``, draw by draw on the same training sample; None for the level of
+            ``p_a`` itself.
+        patients: Patient of each row, ``(n,)``.
+        n_resamples: Number of resamples.
+        seed: Of the resampling.
+        level: Coverage.
+
+    Raises:
+        ValueError: Shapes differ, or an argument is out of range.
+    """
+    labels, (a, b), members = _checked(y, p_a, p_b, patients, n_resamples, level)
+    models = [_sorted_draws(metric, labels, draws) for draws in (a, b) if draws is not None]
+    every_row, every_draw = np.ones(len(labels)), np.ones(len(a))
+
+    def figure(weight: Array, draws: Array) -> float:
+        scores = [sum(count * model[d](weight) for d, count in _drawn(draws)) / draws.sum() for model in models]
+        return float(scores[0] - scores[1] if len(scores) == 2 else scores[0])
+
+    value = figure(every_row, every_draw)
+    rng = np.random.default_rng(seed)
+    n_patients, resampled = int(members.max()) + 1, np.empty(n_resamples)
+    for i in range(n_resamples):
+        weight = np.bincount(rng.integers(n_patients, size=n_patients), minlength=n_patients)[members]
+        draws = np.bincount(rng.integers(len(a), size=len(a)), minlength=len(a)) if len(a) > 1 else every_draw
+        resampled[i] = figure(weight.astype(np.float64), draws)
+    return _interval(value, resampled, level, difference=b is not None)
+
+
+def holm(p_values: Sequence[float | None]) -> list[float]:
+    """P-values of one table adjusted for its family of comparisons (Holm 1979); None becomes NaN and is not counted.
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    p = np.asarray(p_values, dtype=np.float64)
+    order = [int(i) for i in np.argsort(p) if not np.isnan(p[i])]
+    adjusted = p.copy()
+    steps = [min(1.0, (len(order) - rank) * p[i]) for rank, i in enumerate(order)]
+    adjusted[order] = np.maximum.accumulate(steps) if steps else []
+    return [float(value) for value in adjusted]
+
+
+def verdict(difference: Interval, minimum: float = 0.01, p_adjusted: float | None = None) -> str:
+    """``higher``, ``lower`` or ``no difference shown``.
+
+    A difference counts when its interval excludes 0, it is at least ``minimum`` large and, in a table of several
+    comparisons, its adjusted p-value stays below 1 − level.
+    """
+    excludes_zero = difference.low > 0 or difference.high < 0
+    significant = p_adjusted is None or p_adjusted < 1 - difference.level
+    if not (excludes_zero and significant and abs(difference.value) >= minimum):
+        return NO_DIFFERENCE
+    return "higher" if difference.value > 0 else "lower"
+
+
+def _checked(
+    y: ArrayLike, p_a: ArrayLike, p_b: ArrayLike | None, patients: ArrayLike, n_resamples: int, level: float
+) -> tuple[Array, tuple[Array, Array | None], Array]:
+    """Arrays as float64 and the patients renumbered from 0."""
+    labels, a = np.asarray(y, dtype=np.float64), np.asarray(p_a, dtype=np.float64)
+    b = None if p_b is None else np.asarray(p_b, dtype=np.float64)
+    ids = np.asarray(patients)
+    if a.ndim != 2 or not a.size or a.shape[1:] != labels.shape or ids.shape != labels.shape:
+        raise ValueError(
+            "`p` must hold one prediction for each of the rows of `y` and `patients`, "
+            f"got shapes {a.shape[1:]}, {labels.shape} and {ids.shape}."
+        )
+    if b is not None and b.shape != a.shape:
+        raise ValueError(f"`p_a` and `p_b` must have one shape, got {a.shape} and {b.shape}.")
+    if n_resamples < 1 or not 0 < level < 1:
+        raise ValueError(f"`n_resamples` must be >= 1 and `level` in (0, 1), got {n_resamples} and {level}.")
+    return labels, (a, b), np.unique(ids, return_inverse=True)[1]
+
+
+def _sorted_draws(metric: Metric, y: Array, draws: Array) -> list[Callable[[Array], float]]:
+    """For each draw the metric as a function of row weights; rows are sorted once, so the metric's sort is linear."""
+
+    def scorer(p: Array) -> Callable[[Array], float]:
+        order = np.argsort(p, kind="stable")
+        y_sorted, p_sorted = y[order], p[order]
+        return lambda weight: metric(y_sorted, p_sorted, weight[order])
+
+    return [scorer(p) for p in draws]
+
+
+def _drawn(counts: Array) -> Iterator[tuple[int, float]]:
+    """Draws that occur in a resample, and how often."""
+    return ((int(d), float(counts[d])) for d in np.flatnonzero(counts))
+
+
+def _interval(value: float, resampled: Array, level: float, *, difference: bool) -> Interval:
+    """The percentile interval of the resamples in which the metric was defined."""
+    defined = resampled[~np.isnan(resampled)]
+    skipped = len(resampled) - len(defined)
+    if not len(defined) or np.isnan(value):
+        return Interval(value, float("nan"), float("nan"), level, 0, skipped)
+    low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
+    p_value = None
+    if difference:
+        tail = int(min((defined <= 0).sum(), (defined >= 0).sum()))
+        p_value = min(1.0, 2 * (tail + 1) / (len(defined) + 1))
+    return Interval(value, float(low), float(high), level, len(defined), skipped, p_value)
