@@ -42,7 +42,7 @@ VISIT_KINDS = {
     "emergency": ("EU OBSERVATION",),
     "outpatient": ("DIRECT OBSERVATION", "AMBULATORY OBSERVATION"),
 }
-"""ADMISSION_TYPEs that are no inpatient admission: an observation stay is outpatient care in US billing, and the ``EU``
+"""ADMISSION_TYPEs that are no inpatient admission: an observation stay is outpatient care in US billing, the ``EU``
 one is spent in the emergency department. OBSERVATION ADMIT ended in an admission, so it is inpatient."""
 
 ICD_PATTERNS = {
@@ -370,7 +370,7 @@ def measurement_extract(engine: Engine, path: Path, visits: ir.Table, stay: str 
 
 
 def note_extract(engine: Engine, path: Path, visits: ir.Table, category: str) -> Extract:
-    """Events of notes; ``category`` names the column of their kind. Notes known by date count from the end of that day."""
+    """Events of notes; ``category`` names the column of their kind. A note without time is of the end of its day."""
     import ibis
 
     columns = {

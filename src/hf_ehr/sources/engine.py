@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 from hf_ehr.schema import EVENT_SCHEMA, LABEL_SCHEMA, EhrDataError
 
@@ -230,6 +230,10 @@ def _connect_spark(memory_limit: str, threads: int | None, spill: str) -> Any:
     return ibis.pyspark.connect(session)
 
 
+@overload
+def find_table(input_dir: Path, name: str, *, folders: Sequence[str] = ("",)) -> Path: ...
+@overload
+def find_table(input_dir: Path, name: str, *, folders: Sequence[str] = ("",), required: bool) -> Path | None: ...
 def find_table(input_dir: Path, name: str, *, folders: Sequence[str] = ("",), required: bool = True) -> Path | None:
     """The file of table ``name`` in ``input_dir`` or its subfolders ``folders``: any case, CSV, TSV or Parquet.
 
