@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hf_ehr.schema import DatasetInfo, atomic_path
+from hf_ehr.schema import TIMESTAMP, DatasetInfo, atomic_path
 from hf_ehr.tasks.events import DAY, MISSING, History, Timeline, micros
 from hf_ehr.tasks.future import scramble_future, truncate_future
 from hf_ehr.tasks.spec import TaskSpec
@@ -228,6 +228,8 @@ def check_windows_ignore_label(task: TaskSpec, records: pa.Table, *, seeds: Iter
     """
     labels, _ = task.label(records)
     for part in rounds(labels):
+        asked = pa.array(micros(part["prediction_time"]) + task.asked_after).cast(TIMESTAMP)
+        part = part.set_column(1, "prediction_time", asked)
         cut = dict(zip(part["subject_id"].to_pylist(), micros(part["prediction_time"]), strict=True))
         expected = _points_until(task, truncate_future(records, part), cut)
         for variant in (records, *(scramble_future(records, part, seed) for seed in seeds)):

@@ -59,7 +59,7 @@ def label_records(spec: TaskSpec, history: History, events: Mapping[str, Events]
         flow.drop(f"{name}_not_bounded", ~spans[name].exists)
     times, target = _prediction_times(spec, spans), spans[spec.outcome.window]
     if spec.design == "prospective":
-        flow.drop("trigger_not_yet_known", asked.known > times)
+        flow.drop("trigger_not_yet_known", asked.known > times + spec.asked_after)
     for rule in spec.rules:
         flow.drop(rule.reason, _breaks(rule, asked, spans[rule.window], events[rule.predicate]))
     _check_target(spec, target.first[flow.kept], times[flow.kept])
@@ -84,7 +84,7 @@ def prediction_points(spec: TaskSpec, history: History, events: Mapping[str, Eve
     window = spec.prediction.partition(".")[0]
     spans = _resolve(spec, [window], asked, events)
     times = _prediction_times(spec, spans)
-    exists = spans[window].exists & ((asked.known <= times) | (spec.design != "prospective"))
+    exists = spans[window].exists & ((asked.known <= times + spec.asked_after) | (spec.design != "prospective"))
     subject = history.subject_id[asked.patient[exists]]
     return pa.table({"subject_id": subject, "prediction_time": pa.array(times[exists]).cast(TIMESTAMP)})
 

@@ -21,7 +21,8 @@ def truncate_future(records: pa.Table, labels: pa.Table) -> pa.Table:
     """RECORDS as far as they were known at the prediction time of each patient's label (inclusive).
 
     A visit that began later is gone. One in progress has no end and no discharge; its codes, notes, stays and
-    measurements are there as far as they were available. A later death is unknown. Patients without a label stay as they are.
+    measurements are there as far as they were available. A later death is unknown. Patients without a label stay as
+    they are.
 
     Args:
         records: RECORDS.

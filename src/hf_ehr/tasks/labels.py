@@ -46,7 +46,7 @@ def label_dataset(task: TaskSpec | str, directory: str | Path, *, progress: bool
     target.with_suffix(".json").unlink(missing_ok=True)
     with atomic_path(target) as temporary, pq.ParquetWriter(temporary, LABEL_SCHEMA, compression="zstd") as writer:
         for path, names in tqdm(shards, desc=f"Labelling {spec.name}", unit="shard", disable=not progress):
-            labels, excluded = spec.label(pq.read_table(path, columns=names), present=present)
+            labels, excluded = spec.label(pq.ParquetFile(path).read(columns=names), present=present)
             writer.write_table(labels)
             flow.add(labels, excluded)
         flow.check(spec)
@@ -94,7 +94,7 @@ class _Flow:
         if not self.candidates:
             trigger = spec.predicates.get(spec.trigger)
             raise EhrDataError(
-                f"`{spec.name}` found no candidate: its trigger `{spec.trigger}` ({trigger}) never holds in this data. "
+                f"`{spec.name}` found no candidate: its trigger `{spec.trigger}` ({trigger}) never holds here. "
                 "Look at the kinds of visits and the vocabularies in dataset.json, or change the definition."
             )
 
@@ -141,7 +141,7 @@ def _confirming_data(spec: TaskSpec, shards: list, progress: bool) -> frozenset[
     ):
         if present >= wanted:
             break
-        present |= spec.confirming_data(pq.read_table(path, columns=names))
+        present |= spec.confirming_data(pq.ParquetFile(path).read(columns=names))
     return present
 
 

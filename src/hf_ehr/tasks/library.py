@@ -41,7 +41,7 @@ HEART_FAILURE_PROCEDURES = (
     "ICD9Proc/37.5[2-5]", "ICD9Proc/37.6[0-8]", "ICD10PCS/02RK0J*", "ICD10PCS/02RL0J*", "ICD10PCS/02HA*",
     "CPT4/3392[789]", "CPT4/3397[569]",
 )  # fmt: skip
-"""Our reading of the paper's «dialysis, artificial heart»: both kinds of dialysis; artificial hearts, assist devices."""
+"""Our reading of the paper's «dialysis, artificial heart»: both kinds of dialysis, hearts and assist devices."""
 
 PANCREATIC_CANCER_CODES = ("ICD9CM/157*", "ICD10CM/C25*")
 
@@ -122,8 +122,8 @@ _OBSERVED = Censoring(death="exclude", follow_up=True)
 PROLONGED_STAY = TaskSpec(
     name="prolonged_stay",
     description="Med-BERT's second pre-training label: any stay of more than 7 days (strict) in the whole history, "
-    "every visit counted (an outpatient visit lasts 0 days). Predicted at the end of the last visit, so the outcome lies in "
-    "the input: it teaches a model, it is no forecast.",
+    "every visit counted (an outpatient visit lasts 0 days). Predicted at the end of the last visit, so the outcome "
+    "lies in the input: it teaches a model, it is no forecast.",
     unit="patient",
     design="retrospective",
     predicates={
@@ -238,7 +238,7 @@ _CANCER = {
 PANCREATIC_CANCER = TaskSpec(
     name="pancreatic_cancer",
     description="Med-BERT's PaCa: pancreatic cancer as the first cancer, at 45 years or older. Case-control: cases "
-    "are asked before the first encounter with it, controls before their last encounter; the encounter is not visible.",
+    "are asked before the first encounter with it, controls before their last encounter, which is not visible.",
     unit="patient",
     design="case_control",
     predicates={**_CANCER, "encounter_at_45": Predicate(kind="admission", min_age=45)},
@@ -260,8 +260,8 @@ PANCREATIC_CANCER = TaskSpec(
 
 PANCREATIC_CANCER_PROSPECTIVE = TaskSpec(
     name="pancreatic_cancer_prospective",
-    description="First pancreatic cancer within a year of an inpatient discharge, at 45 years or older, with no cancer "
-    "before.",
+    description="First pancreatic cancer within a year of an inpatient discharge, at 45 years or older, without "
+    "cancer before.",
     predicates={**_CANCER, **_INPATIENT, "discharge_at_45": Predicate(kind="discharge", min_age=45)},
     trigger="discharge",
     windows={"input": _UNTIL_NOW, "index": Window("trigger", "trigger"), "target": _NEXT_YEAR},
@@ -281,8 +281,8 @@ READMISSION_30D = TaskSpec(
     name="readmission_30d",
     description="Unplanned inpatient readmission within 30 days of an inpatient discharge (alive, not against advice, "
     "not to another hospital), asked at the discharge. Readmission on the day of discharge is excluded; planned "
-    "admissions do not count, an admission of unknown planning counts as unplanned. Death within 30 days without readmission "
-    "competes and is excluded (censoring.death: composite counts it); so is who has no event after 30 days.",
+    "admissions do not count, an admission of unknown planning counts as unplanned. Death within 30 days without "
+    "readmission competes and is excluded (censoring.death: composite counts it); so is who has no later event.",
     predicates={
         **_INPATIENT,
         "unplanned_admission": Predicate(kind="admission", visit_kinds=("inpatient",), unplanned=True),

@@ -90,6 +90,9 @@ class TaskSpec:
         ]
         for name in [*named, *([self.fallback] if self.fallback else [])]:
             _require(name in known, "predicate", f"one of {', '.join(known)}", name)
+        _require(
+            self.prediction.partition(".")[2] in ("start", "end"), "prediction", "WINDOW.start/.end", self.prediction
+        )
         for window in [self.outcome.window, self.prediction.partition(".")[0], *(rule.window for rule in self.rules)]:
             _require(window in self.windows, "window", f"one of {', '.join(self.windows)}", window)
         reasons = [rule.reason for rule in self.rules]
@@ -139,6 +142,13 @@ class TaskSpec:
     def boundary_predicates(self) -> list[str]:
         """Names of the predicates that bound a window."""
         return [bound.predicate for bound in self._bounds if bound.predicate is not None]
+
+    @property
+    def asked_after(self) -> int:
+        """µs from the prediction time to the moment of asking: 1 where the input stops just before it, else 0."""
+        name, _, side = self.prediction.partition(".")
+        window = self.windows[name]
+        return int(not window.end_inclusive) if side == "end" else int(window.start_inclusive)
 
     @property
     def uses_intervals(self) -> bool:

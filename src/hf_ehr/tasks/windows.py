@@ -16,7 +16,7 @@ AFTER_ALL = 2**62
 
 _BOUND = re.compile(
     r"(?P<anchor>\w+(\.(start|end))?)\s*"
-    r"((?P<sign>[+-])\s*(?P<offset>[^+-].*)|@\s*(?P<clock>\d\d?:\d\d)|(?P<arrow>->|<-)\s*(?P<predicate>\w+))?"
+    r"((?P<sign>[+-])\s*(?P<offset>[^+>-].*)|@\s*(?P<clock>\d\d?:\d\d)|(?P<arrow>->|<-)\s*(?P<predicate>\w+))?"
 )
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]+)[\s,]*")
 _UNITS = {"w": 7 * DAY, "d": DAY, "h": HOUR, "m": HOUR // 60, "s": HOUR // 3600}
