@@ -86,8 +86,14 @@ windows:
         rows = [{"hour": 0.0, "name": "LOINC/2524-7", "value": value, "text": None}]
         return [{"stay_id": 1, "start": day(0), "end": day(1), "measurements": rows}]
 
-    for value, code, labels in ((2.0, "ICD10CM/A41.9", []), (2.1, "ICD10CM/A41.9", [True]), (9.0, "ICD10CM/R57.0", [True]),
-                                (3.0, "ICD10CM/R57.1", [False]), (9.1, "ICD10CM/R57.0", [])):  # fmt: skip
+    sepsis, shock, neither = "ICD10CM/A41.9", "ICD10CM/R57.0", "ICD10CM/R57.1"
+    for value, code, labels in (
+        (2.0, sepsis, []),
+        (2.1, sepsis, [True]),
+        (9.0, shock, [True]),
+        (3.0, neither, [False]),
+        (9.1, shock, []),
+    ):
         table = records(patient(1, [visit(0, 1, stays=stay(value)), visit(1.5, 2, diagnoses=[code])]))
         assert spec.label(table)[0]["boolean_value"].to_pylist() == labels, (value, code)
         assert again.label(table)[0].equals(spec.label(table)[0])

@@ -36,7 +36,7 @@ def test_every_named_task_survives_yaml(name):
 
 
 def test_an_unknown_name_is_answered_with_the_names():
-    with pytest.raises(ValueError, match="prolonged_stay, .*readmission_30d, got 'readmision'"):
+    with pytest.raises(ValueError, match=r"prolonged_stay, .*readmission_30d, got 'readmision'"):
         get_task("readmision")
 
 

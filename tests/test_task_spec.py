@@ -55,8 +55,15 @@ class TestPredicates:
         ],
     )
     def test_a_pattern_describes_whole_codes(self, pattern, hits):
-        codes = ["ICD9CM/404.03", "ICD9CM/4041031", "ICD9CM/405.01", "ICD9CM/250.01", "ICD9CM/250.91", "ICD9CM/250.011",
-                 "ICD10CM/I50", "ICD10CM/I50.9", "ICD10CM/AI50"]  # fmt: skip
+        codes = [
+            "ICD9CM/404.03",
+            "ICD9CM/4041031",
+            "ICD9CM/405.01",
+            "ICD9CM/250.01",
+            "ICD9CM/250.91",
+            "ICD9CM/250.011",
+        ]
+        codes += ["ICD10CM/I50", "ICD10CM/I50.9", "ICD10CM/AI50"]
         visits = [visit(number, diagnoses=[code]) for number, code in enumerate(codes)]
         found = [codes[int(d)] for d in moments(Predicate(codes=(pattern,)), *visits)]
         assert [code for code in found if code != "ICD9CM/4041031"] == hits
@@ -188,10 +195,10 @@ class TestWindows:
             parse_bound(text)
 
     def resolve(self, trigger, deaths=(), **windows):
-        spans = resolve_windows(
-            windows, list(windows), np.zeros(1, np.int64), np.array([round(trigger * DAY)]),
-            {"death": Timeline(np.zeros(len(deaths), np.int64), np.array([round(d * DAY) for d in deaths], dtype=np.int64))},
-        )  # fmt: skip
+        moments = np.array([round(d * DAY) for d in deaths], dtype=np.int64)
+        death = Timeline(np.zeros(len(deaths), np.int64), moments)
+        asked = (np.zeros(1, np.int64), np.array([round(trigger * DAY)]))
+        spans = resolve_windows(windows, list(windows), *asked, {"death": death})
         return {name: (int(span.first[0]), int(span.last[0])) for name, span in spans.items()}
 
     def test_bounds_follow_anchors_offsets_and_inclusiveness(self):
@@ -334,7 +341,7 @@ class TestDefinition:
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two shards: patient 2 is readmitted and has a note, patient 1 is followed, patient 3 dies, patient 4 is empty."""
+    """Two shards: 2 is readmitted and has a note, 1 is followed, 3 dies, 4 is empty."""
     notes = [{"time": day(1), "category": "Nursing", "text": "x"}]
     shards = [
         records(patient(2, [visit(0, 5, notes=notes), visit(10, 12), visit(90)]), patient(4, [])),
