@@ -85,6 +85,7 @@ def arrow_forms(codes: list[str]) -> dict[str, object]:
         "numpy strings": np.array(codes, dtype=str),
         "string": pa.array(codes, pa.string()),
         "large_string": pa.array(codes, pa.large_string()),
+        "string_view": pa.array(codes, pa.string_view()),
         "sliced": pa.array(["NDC/x", *codes, "NDC/y"])[1:-1],
         "dictionary": pa.array(codes, pa.string()).dictionary_encode(),
         "sliced dictionary": pa.array(["NDC/x", *codes]).dictionary_encode()[1:],

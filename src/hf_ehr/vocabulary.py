@@ -112,10 +112,10 @@ def fit_tokenizer(
     if isinstance(records, Iterator):
         records = list(records)  # read twice
     counts = count_codes(records, subject_ids=subject_ids, kinds=kinds)
-    frequent = (pl.col("occurrences") >= min_count) & (pl.col("patients") >= min_patients)
-    rare = counts.filter(~frequent)["code"]
+    enough = (pl.col("occurrences") >= min_count) & (pl.col("patients") >= min_patients)
+    rare = counts.filter(~enough)["code"]
     pairs = pl.concat(_patient_codes(records, subject_ids, kinds, "Gathering rare codes", only=rare))
-    entered = _back_off(counts.filter(frequent).drop("patients"), pairs, min_count, min_patients)
+    entered = _back_off(counts.filter(enough).drop("patients"), pairs, enough)
     if entered.is_empty():
         raise EhrDataError(
             f"No code of the {len(subject_ids)} patients in `subject_ids` reaches `min_count`={min_count} and "
@@ -159,35 +159,29 @@ def fingerprint(subject_ids: Any) -> str:
     return hashlib.sha256(b"hf_ehr.vocabulary\0" + _subject_ids(subject_ids).astype("<i8").tobytes()).hexdigest()
 
 
-def _back_off(frequent: pl.DataFrame, pairs: pl.DataFrame, min_count: int, min_patients: int) -> pl.DataFrame:
+def _back_off(entered: pl.DataFrame, pairs: pl.DataFrame, enough: pl.Expr) -> pl.DataFrame:
     """Moves rare codes to their parents, deepest level first, until they are frequent or out of ancestors.
 
     Args:
-        frequent: ``code``, ``occurrences`` of the codes that enter by themselves.
+        entered: ``code``, ``occurrences`` of the codes that enter by themselves.
         pairs: ``subject_id``, ``code``, ``occurrences`` of the rare ones.
-        min_count: As in :func:`fit_tokenizer`.
-        min_patients: As in :func:`fit_tokenizer`.
+        enough: The rule over ``occurrences`` and ``patients``.
 
     Returns:
         ``code``, ``occurrences`` of all that enter.
     """
-    entered = frequent
     while not pairs.is_empty():
-        counts = pairs.group_by("code").agg(pl.col("occurrences").sum(), pl.col("subject_id").n_unique())
-        codes = counts["code"].to_list()
-        depths = [len(ancestors(code)) for code in codes]
-        deepest = pl.Series(np.asarray(depths) == max(depths))
-        enters = ((pl.col("occurrences") >= min_count) & (pl.col("subject_id") >= min_patients)) | pl.col(
-            "code"
-        ).is_in(entered["code"].implode())
-        level = counts.filter(deepest).with_columns(enters.alias("enters"))
-        joined = pl.concat([entered, level.filter("enters").select("code", "occurrences")])
-        entered = joined.group_by("code").agg(pl.col("occurrences").sum())
-        moves = {code: parent(code) for code in level.filter(~pl.col("enters"))["code"]}
-        done = level.filter("enters")["code"]
+        counts = pairs.group_by("code").agg(
+            pl.col("occurrences").sum(), pl.col("subject_id").n_unique().alias("patients")
+        )
+        depth = np.asarray([len(ancestors(code)) for code in counts["code"]])
+        level = counts.filter(depth == depth.max())
+        enters = level.filter(enough | pl.col("code").is_in(entered["code"].implode()))
+        entered = pl.concat([entered, enters.drop("patients")]).group_by("code").sum()
+        rest = level.join(enters, on="code", how="anti")["code"]
         pairs = (
-            pairs.filter(~pl.col("code").is_in(done.implode()))
-            .with_columns(pl.col("code").replace(list(moves), list(moves.values())))
+            pairs.join(enters, on="code", how="anti")
+            .with_columns(pl.col("code").replace(rest, [parent(code) for code in rest]))
             .drop_nulls("code")
         )
     return entered

@@ -226,12 +226,13 @@ class EhrCodeTokenizer(PreTrainedTokenizerFast):
         if 4 * len(codes) < len(table):
             return self.codes_to_ids(codes.to_pylist())
         compute = import_module("pyarrow.compute")
-        rows = compute.index_in(codes, value_set=table.as_arrow(codes.type)[0])
+        codes = codes.cast("large_string")  # the look-up knows no string views; the other kinds lose no time
+        rows = compute.index_in(codes, value_set=table.as_arrow()[0])
         if rows.null_count:
             for code in compute.unique(codes.filter(rows.is_null())).to_pylist():
                 table[code]  # looked up to be remembered
-            rows = compute.index_in(codes, value_set=table.as_arrow(codes.type)[0])
-        return table.as_arrow(codes.type)[1].take(rows).to_numpy()
+            rows = compute.index_in(codes, value_set=table.as_arrow()[0])
+        return table.as_arrow()[1].take(rows).to_numpy()
 
     def _visits(self, patient: Sequence[Iterable[str]] | Mapping) -> list[list[str]]:
         visits = patient["visits"] if isinstance(patient, Mapping) else patient
@@ -258,12 +259,12 @@ class _CodeIds(dict):
         self[code] = index = self.unknown if above is None else self[above]
         return index
 
-    def as_arrow(self, string_type: Any) -> tuple[Any, Any]:
+    def as_arrow(self) -> tuple[Any, Any]:
         """The codes and their ids as two Arrow arrays, made again when codes were added."""
-        if self.arrow is None or len(self.arrow[0]) != len(self) or self.arrow[0].type != string_type:
+        if self.arrow is None or len(self.arrow[0]) != len(self):
             # Whoever asks has pyarrow; an import statement would make the Hub's loader demand it of everybody.
             array = import_module("pyarrow").array
-            self.arrow = array(list(self), type=string_type), array(np.fromiter(self.values(), np.int32, len(self)))
+            self.arrow = array(list(self)), array(np.fromiter(self.values(), np.int32, len(self)))
         return self.arrow
 
 
