@@ -206,11 +206,14 @@ def log_odds(world: World, latents: Latents, codes: Codes) -> np.ndarray:
     return odds
 
 
-@lru_cache(maxsize=16)
 def calibrate(config: SyntheticConfig) -> tuple[tuple[float, float], float]:
     """(mean and sd of the burden behind severity, intercept of the outcome), from patients drawn for this alone."""
-    if config.world == "site_b":  # another population under the same law
-        return calibrate(replace(config, world="C"))
+    world: WorldName = "C" if config.world == "site_b" else config.world  # another population under the same law
+    return _calibrate(replace(config, world=world, patients=1, los_independent=False))
+
+
+@lru_cache(maxsize=16)
+def _calibrate(config: SyntheticConfig) -> tuple[tuple[float, float], float]:
     world, draws = draw_world(config), Draws(config, np.arange(16_384), purpose=1)
     burden = _dot(draw_latents(config, world, draws, (0.0, 1.0)).present, world.burden)
     scale = (float(burden.mean()), float(burden.std()))

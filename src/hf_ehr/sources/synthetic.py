@@ -180,8 +180,9 @@ def _add_treatment(rows: _Rows, draws: Draws, world: World, latents: Latents, ti
         ill = latents.present[:, [ROW[name]]]
         tested = uniform[:, number] < np.where(ill, chance * _coded(codes, ROW[name], time), background)
         patient, visit = np.nonzero(tested & time.exists)
+        second = time.start[patient, visit] + 900 + 60 * number
         value = np.where(ill, mean + sd * noise[:, number], healthy + spread * noise[:, number])[patient, visit]
-        rows.add("measurement", patient, rows.other(code), time.start[patient, visit] + 900, visit, value=value)
+        rows.add("measurement", patient, rows.other(code), second, visit, value=value)
 
 
 def _coded(codes: Codes, condition: int, time: Timeline) -> np.ndarray:
