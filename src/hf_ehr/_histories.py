@@ -36,9 +36,7 @@ class History:
             lists, times_lists = (pc.struct_field(fields, name) for name in (kind, f"{kind}_at"))
             offsets = offsets_of(lists)
             if not np.array_equal(offsets, offsets_of(times_lists)):
-                raise EhrDataError(
-                    f"RECORDS lists `{kind}` and `{kind}_at` must be of equal length. Prepare them again."
-                )
+                raise EhrDataError(f"RECORDS lists `{kind}` and `{kind}_at` must be equally long. Prepare them again.")
             codes.append(lists.flatten())
             times.append(microseconds(times_lists.flatten()))
             owners.append(np.repeat(np.arange(len(lists)), np.diff(offsets)))

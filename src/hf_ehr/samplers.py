@@ -111,7 +111,7 @@ class FlatExamples:
         """
         rows = np.asarray(indices, np.int64)
         if self._rows is not None:
-            rows = self._rows[rows]
+            rows = self._rows[rows].astype(np.int64)  # unsigned in the file
         lengths = self._stored_lengths[rows]
         offsets = total_before(lengths)
         streams = {name: np.empty(offsets[-1], np.int32) for name in STREAMS}
@@ -175,9 +175,9 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
     """Batches of whole patients with nearly equal numbers of tokens, at most ``max_tokens`` each.
 
     The shuffled patients are laid end to end and cut at every K-th of their total length; a patient belongs to the
-    batch in which it starts. With ``K = ceil(total / (max_tokens - longest))`` no batch exceeds the budget, the number of
-    batches is the same in every epoch, and the batches of two ranks differ by at most one patient. Within a batch
-    patients are ordered by length, so that kernels meet runs of equal length.
+    batch in which it starts. With ``K = ceil(total / (max_tokens - longest))`` no batch exceeds the budget, the number
+    of batches is the same in every epoch, and two batches differ by less than two patients. Within a batch patients
+    are ordered by length, so that kernels meet runs of equal length.
 
     An epoch is a function of the seed and its number: training resumes at (epoch, index) without replaying anything.
 
@@ -261,8 +261,8 @@ class PackedDataset(Dataset):
       those epochs then have the bins of the first.
 
     ``Trainer`` calls :meth:`set_epoch`; worker processes, persistent ones too, see it through shared memory. Masks
-    drawn on a bin depend on the seed, the epoch and the bin alone: on any number of ranks and workers, and after a resume,
-    they are the same. For evaluation the epoch stays 0 and so do the masks.
+    drawn on a bin depend on the seed, the epoch and the bin alone: on any number of ranks and workers, and after a
+    resume, they are the same. For evaluation the epoch stays 0 and so do the masks.
 
     Args:
         dataset: EXAMPLES.
