@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from importlib import import_module
 from itertools import pairwise
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -226,7 +227,8 @@ class EhrCodeTokenizer(PreTrainedTokenizerFast):
         if 4 * len(codes) < len(table):
             return self.codes_to_ids(codes.to_pylist())
         compute = import_module("pyarrow.compute")
-        codes = codes.cast("large_string")  # the look-up knows no string views; the other kinds lose no time
+        if str(codes.type) == "string_view":  # the one kind that `index_in` does not take
+            codes = codes.cast("string")
         rows = compute.index_in(codes, value_set=table.as_arrow()[0])
         if rows.null_count:
             for code in compute.unique(codes.filter(rows.is_null())).to_pylist():
@@ -248,7 +250,8 @@ class _CodeIds(dict):
     """Code → id. A code asked for the first time takes its parent's id and is remembered."""
 
     def __init__(self, vocabulary: dict[str, int], unknown: int):
-        super().__init__(vocabulary)
+        # By id, which is by frequency: the codes met most lie together in memory, and the hash join finds them sooner.
+        super().__init__(sorted(vocabulary.items(), key=itemgetter(1)))
         self.unknown = unknown
         self.arrow: tuple[Any, Any] | None = None
 
