@@ -6,7 +6,7 @@ become list offsets and the values are gathered once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -176,7 +176,7 @@ def _group_visits(events: _Events) -> tuple[_Rows, _Visits]:
         pick(events.time),
         pick(events.code),
     ]
-    order = _sort_order(keys)
+    order = sort_order(keys)
     if order is not None:
         subject, visit, kind = subject[order], visit[order], kind[order]
     event = _through(chosen, order, len(subject))
@@ -226,7 +226,7 @@ def _bounds(events: _Events, rows: _Rows, first: np.ndarray, subject: np.ndarray
 
 
 def _sort_visits(rows: _Rows, visits: _Visits, first: np.ndarray) -> tuple[_Rows, _Visits]:
-    order = _sort_order([visits.subject, visits.start, visits.visit])
+    order = sort_order([visits.subject, visits.start, visits.visit])
     if order is None:
         return rows, visits
     sizes = np.diff(np.append(first, len(rows.event)))[order]
@@ -390,34 +390,61 @@ def _optional(values, event: np.ndarray, dtype: pa.DataType) -> pa.Array:
     return values(event[there]).take(pa.array(number, mask=~there)) if there.any() else pa.nulls(len(event), dtype)
 
 
-def _sort_order(keys: list[np.ndarray]) -> np.ndarray | None:
-    """Order that sorts by ``keys``, the first one first; None if they are sorted already.
+def sort_order(keys: Sequence[np.ndarray]) -> np.ndarray | None:
+    """Order that sorts rows by integer ``keys``, the first one first; None if they are in order already.
 
-    The keys are shifted to zero and packed into as few 64-bit words as they need: one word sorts several times faster
-    than a list of keys.
+    As many bits of the keys as fit are packed into a 64-bit word in front of the row number, so that one plain sort of
+    words, several times faster than an argsort, yields the order. Rows that are still tied go through further rounds
+    with the bits that are left.
     """
-    words, room = [np.zeros(len(keys[0]), np.uint64)], 64
-    for key in keys:
-        low, high = (int(key.min()), int(key.max())) if len(key) else (0, 0)
-        bits = (high - low).bit_length()
-        if bits > room:
-            words.append(np.zeros(len(key), np.uint64))
-            room = 64
-        if bits:
-            room -= bits
-            shifted = (key.astype(np.int64, copy=False).view(np.uint64)) - np.uint64(low % 2**64)
-            words[-1] |= shifted << np.uint64(room)
-    if _is_sorted(words):
+    if _in_order(keys):
         return None
-    return np.argsort(words[0]) if len(words) == 1 else np.lexsort(words[::-1])
+    bits = [(key, *_span(key)) for key in keys]
+    order, rows = np.arange(len(keys[0])), np.arange(len(keys[0]))
+    rank = np.zeros(len(rows), np.uint64)
+    while len(rows) and bits:
+        index_bits = len(rows).bit_length()
+        room = 64 - index_bits - int(rank[-1]).bit_length()
+        word, bits = _pack(rank, bits, room, order[rows])
+        word = (word << np.uint64(index_bits)) | np.arange(len(rows), dtype=np.uint64)
+        word.sort()
+        moved = order[rows[(word & np.uint64((1 << index_bits) - 1)).astype(np.int64)]]
+        order[rows] = moved
+        new = _changes(word >> np.uint64(index_bits))
+        tied = ~(new & np.append(new[1:], True))
+        rows, rank = rows[tied], (np.cumsum(new[tied]) - 1).astype(np.uint64)
+    return order
 
 
-def _is_sorted(words: list[np.ndarray]) -> bool:
-    """Whether the rows are in lexicographic order."""
-    above = np.zeros(max(len(words[0]) - 1, 0), bool)
-    for word in reversed(words):
-        above = (word[:-1] > word[1:]) | ((word[:-1] == word[1:]) & above)
-    return not above.any()
+def _in_order(keys: Sequence[np.ndarray]) -> bool:
+    equal = np.ones(max(len(keys[0]) - 1, 0), bool)
+    for key in keys:
+        if (equal & (key[1:] < key[:-1])).any():
+            return False
+        equal &= key[1:] == key[:-1]
+    return True
+
+
+def _span(key: np.ndarray) -> tuple[int, int]:
+    """(lowest value, number of bits of what is above it)."""
+    return int(key.min()), (int(key.max()) - int(key.min())).bit_length()
+
+
+def _pack(
+    word: np.ndarray, bits: list[tuple[np.ndarray, int, int]], room: int, rows: np.ndarray
+) -> tuple[np.ndarray, list[tuple[np.ndarray, int, int]]]:
+    """Appends up to ``room`` bits of the keys to ``word``: (the word, what is left as (key, lowest value, bits))."""
+    bits = list(bits)
+    while bits and room:
+        key, low, size = bits.pop(0)
+        taken = min(size, room)
+        value = key[rows].astype(np.int64, copy=False).view(np.uint64) - np.uint64(low % 2**64)
+        value = (value & np.uint64(2**size - 1)) >> np.uint64(size - taken)
+        word = (word << np.uint64(taken)) | value
+        room -= taken
+        if taken < size:
+            bits.insert(0, (key, low, size - taken))
+    return word, bits
 
 
 def _encode(column: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
