@@ -198,7 +198,9 @@ def shard_paths(directory: str | Path, arrow: str) -> list[Path]:
     """
     paths = sorted((Path(directory) / arrow).glob("shard-*.parquet"))
     if not paths:
-        raise EhrDataError(f"No `{arrow}` shards in {directory}. Run `hf-ehr prepare SOURCE --output {directory}` first.")
+        raise EhrDataError(
+            f"No `{arrow}` shards in {directory}. Run `hf-ehr prepare SOURCE --output {directory}` first."
+        )
     return paths
 
 

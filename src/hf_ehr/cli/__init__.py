@@ -1,0 +1,1 @@
+"""The command line: thin, every command a dataclass of arguments and one call."""

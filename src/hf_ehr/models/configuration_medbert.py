@@ -56,7 +56,7 @@ class MedBertConfig(PreTrainedConfig):
     """
 
     model_type = "ehr_medbert"
-    keys_to_ignore_at_inference = ("hidden_states", "attentions", "mlm_loss", "stay_loss")
+    keys_to_ignore_at_inference = ["hidden_states", "attentions", "mlm_loss", "stay_loss"]  # noqa: RUF012
     attribute_map = {"type_vocab_size": "max_visits"}  # noqa: RUF012 - the library's own declaration
 
     vocab_size: int = 82603

@@ -1,0 +1,150 @@
+"""One function per command: parse, call the library, print what a person wants to know."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import HfArgumentParser, TrainingArguments
+
+from hf_ehr import evaluation, quickstart as quickstart_run, training
+from hf_ehr.prepare import format_summary
+from hf_ehr.prepare import prepare as prepare_data
+from hf_ehr.vocabulary import coverage, fit_tokenizer as fit
+
+MODELS = ("medbert",)
+PRETRAIN_DEFAULTS = {  # section "Pretraining" of the Med-BERT paper, but for steps and warm-up that fit any data
+    "learning_rate": 5e-5, "weight_decay": 0.01, "adam_epsilon": 1e-6, "warmup_steps": 0.1, "num_train_epochs": 10.0,
+    "logging_steps": 50, "save_total_limit": 2,
+}  # fmt: skip
+FINETUNE_DEFAULTS = {
+    "learning_rate": 3e-4, "weight_decay": 0.01, "num_train_epochs": 5.0, "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 256, "logging_steps": 50,
+}  # fmt: skip
+
+
+@dataclass
+class PrepareArguments:
+    """Arguments of `hf-ehr prepare`."""
+
+    output: str = field(metadata={"help": "Folder to write; a second run goes on where the first stopped."})
+    input: str | None = field(default=None, metadata={"help": "Folder of the raw tables (not for `synthetic`)."})
+    engine: str = field(default="duckdb", metadata={"help": "`duckdb` in process, or `spark` (extra `spark`)."})
+    shards: int | None = field(default=None, metadata={"help": "Number of shards; by input size when left out."})
+    workers: int | None = field(default=None, metadata={"help": "Processes; one per core when left out."})
+    options: str = field(default="{}", metadata={"help": "The source's own options as JSON."})
+
+
+@dataclass
+class TokenizerArguments:
+    """Arguments of `hf-ehr fit-tokenizer`, beside the data."""
+
+    output: str = field(metadata={"help": "Folder to write."})
+    kinds: list[str] = field(
+        default_factory=lambda: ["diagnoses"], metadata={"help": "Code lists: diagnoses, procedures, medications."}
+    )
+    min_count: int = field(default=1, metadata={"help": "Fewest occurrences of a code of its own."})
+    max_size: int | None = field(default=None, metadata={"help": "Most codes."})
+    code_exact: bool = field(default=False, metadata={"help": "Med-BERT's released ids: 0 is padding and mask."})
+
+
+def prepare(words: list[str]) -> None:
+    """``hf-ehr prepare SOURCE --input DIR --output DIR``."""
+    example = "hf-ehr prepare mimic4 --input mimic-iv/ --output data/"
+    source, words = _positional(words, "SOURCE", example)
+    (arguments,) = _parse("prepare SOURCE", example, words, PrepareArguments)
+    info = prepare_data(
+        source, arguments.input, arguments.output, engine=arguments.engine, shards=arguments.shards,
+        workers=arguments.workers, options=_json(arguments.options, "options"),
+    )  # fmt: skip
+    print(format_summary(info))
+    print(f"\nNext: hf-ehr pretrain medbert --data {arguments.output} --output_dir model/")
+
+
+def fit_tokenizer(words: list[str]) -> None:
+    """``hf-ehr fit-tokenizer --data DIR --output DIR``."""
+    example = "hf-ehr fit-tokenizer --data data/ --output tokenizer/"
+    data, arguments = _parse("fit-tokenizer", example, words, training.DataArguments, TokenizerArguments)
+    splits = data.splits()
+    tokenizer = fit(
+        data.data, subject_ids=splits["train"], kinds=tuple(arguments.kinds), min_count=arguments.min_count,
+        min_patients=data.min_patients, max_size=arguments.max_size, code_exact=arguments.code_exact,
+    )  # fmt: skip
+    tokenizer.save_pretrained(arguments.output)
+    known = coverage(tokenizer, data.data, splits["validation"])
+    print(f"{len(tokenizer)} tokens in {arguments.output}; on validation patients: {known}")
+
+
+def pretrain(words: list[str]) -> None:
+    """``hf-ehr pretrain medbert --data DIR --output_dir DIR``."""
+    example = "hf-ehr pretrain medbert --data data/ --output_dir model/ --preset tiny --learning_rate 3e-3"
+    words = _model(words, example)
+    kinds = (training.DataArguments, training.PretrainArguments, TrainingArguments)
+    data, options, arguments = _parse("pretrain medbert", example, words, *kinds, defaults=PRETRAIN_DEFAULTS)
+    figures = training.pretrain(data, options, arguments)
+    if arguments.process_index == 0:
+        gain = figures["unigram_loss"] - figures["code_loss"]
+        print(
+            f"Hidden codes of validation patients: {figures['code_loss']:.3f} nats, {gain:+.3f} better than guessing by "
+            f"frequency ({figures['unigram_loss']:.3f}). Prolonged stay: AUROC {figures['stay_auroc']:.3f}.\n"
+            f"Next: hf-ehr finetune medbert --data {data.data} --model {arguments.output_dir} --task TASK --output_dir DIR"
+        )
+
+
+def finetune(words: list[str]) -> None:
+    """``hf-ehr finetune medbert --data DIR --model DIR --task NAME --output_dir DIR``."""
+    example = "hf-ehr finetune medbert --data data/ --model model/ --task readmission_30d --output_dir classifier/"
+    words = _model(words, example)
+    kinds = (training.DataArguments, training.FinetuneArguments, TrainingArguments)
+    data, options, arguments = _parse("finetune medbert", example, words, *kinds, defaults=FINETUNE_DEFAULTS)
+    folder = training.finetune(data, options, arguments)
+    if arguments.process_index == 0:
+        print(f"Next: hf-ehr evaluate --model {folder} --output {folder}/evaluation")
+
+
+def evaluate(words: list[str]) -> None:
+    """``hf-ehr evaluate --model DIR --output DIR``."""
+    example = "hf-ehr evaluate --model classifier/ --output classifier/evaluation"
+    (arguments,) = _parse("evaluate", example, words, evaluation.EvaluateArguments)
+    print(evaluation.evaluate(arguments).read_text())
+
+
+def quickstart(words: list[str]) -> None:
+    """``hf-ehr quickstart --output DIR``."""
+    example = "hf-ehr quickstart --output quickstart-output"
+    (arguments,) = _parse("quickstart", example, words, quickstart_run.QuickstartArguments)
+    quickstart_run.quickstart(arguments)
+
+
+def _parse(command: str, example: str, words: list[str], *kinds: Any, defaults: dict | None = None) -> tuple:
+    parser = HfArgumentParser(kinds, prog=f"hf-ehr {command}", epilog=f"example: {example}")
+    parser.set_defaults(**(defaults or {}))
+    return parser.parse_args_into_dataclasses(words)
+
+
+def _positional(words: list[str], name: str, example: str) -> tuple[str, list[str]]:
+    """The first word, unless help is asked for."""
+    if words and not words[0].startswith("-"):
+        return words[0], words[1:]
+    if "-h" in words or "--help" in words:
+        return "", words
+    raise ValueError(f"{name} is missing. Example: {example}")
+
+
+def _model(words: list[str], example: str) -> list[str]:
+    model, rest = _positional(words, "MODEL", example)
+    if model and model not in MODELS:
+        raise ValueError(f"MODEL must be one of {', '.join(MODELS)}, got {model!r}. Example: {example}")
+    return rest
+
+
+def _json(text: str, name: str) -> dict:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`{name}` must be a JSON object, got {text!r}: {error}.") from error
+
+
+__all__ = ["Path", "evaluate", "finetune", "fit_tokenizer", "prepare", "pretrain", "quickstart"]

@@ -1,0 +1,140 @@
+"""A classifier beside its rivals on the test split: one table with intervals, a calibration plot, a model card.
+
+Every table carries prevalence, age+sex, bag-of-codes and LightGBM, static code embeddings, the same network untrained,
+and the model itself: without them a weak architecture looks like a strong pre-training effect.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import TrainingArguments
+
+from . import baselines, training
+from .datasets import build_examples
+from .metrics import best_f1_threshold
+from .models.modeling_medbert import MedBertForSequenceClassification
+from .models.tokenization_ehr import EhrCodeTokenizer
+from .reports import evaluate_rows, write_table
+from .schema import EhrDataError
+from .tasks.audit import OneShotTest
+from .training import FINETUNE_FILE, DataArguments, FinetuneArguments
+from .visualization import calibration_plot
+
+REFERENCE = "Med-BERT"
+UNTRAINED = "Med-BERT, untrained"
+PPMI = "PPMI-SVD + LR"
+RIVALS = {
+    "prevalence": baselines.prevalence,
+    "age + sex LR": baselines.age_sex_lr,
+    "bag-of-codes LR": baselines.bag_of_codes_lr,
+    "LightGBM on counts": baselines.lightgbm_counts,
+}
+
+
+@dataclass
+class EvaluateArguments:
+    """Arguments of `hf-ehr evaluate`."""
+
+    model: str = field(metadata={"help": "Folder that `hf-ehr finetune` wrote."})
+    output: str = field(metadata={"help": "Folder for the table, the figures and the card."})
+    data: str | None = field(default=None, metadata={"help": "Prepared folder; the one of fine-tuning when left out."})
+
+
+@dataclass
+class Comparison:
+    """Probabilities of every row of a table, with what is needed to judge them.
+
+    Attributes:
+        test: Row → probability per test example, (examples,).
+        thresholds: Row → decision threshold, tuned on validation.
+        truth: Labels of the test examples, (examples,).
+        patients: Patient of each test example, (examples,).
+        train_size: Number of training examples.
+    """
+
+    test: dict[str, np.ndarray]
+    thresholds: dict[str, float]
+    truth: np.ndarray
+    patients: np.ndarray
+    train_size: int
+
+
+def evaluate(arguments: EvaluateArguments) -> Path:
+    """Runs the whole comparison for a fine-tuned folder and writes `table.{md,csv,json}`, `calibration.png` and a card.
+
+    Returns:
+        Path of the Markdown table.
+
+    Raises:
+        EhrDataError: The folder was not written by `hf-ehr finetune`.
+        LeakageError: A test patient was in an earlier training stage.
+    """
+    path = Path(arguments.model) / FINETUNE_FILE
+    if not path.is_file():
+        raise EhrDataError(f"{path} is missing. `model` must be a folder that `hf-ehr finetune` wrote.")
+    made = json.loads(path.read_text())
+    data = _from_dict(DataArguments, made["data"])
+    data = data if arguments.data is None else replace(data, data=arguments.data)
+    options = _from_dict(FinetuneArguments, made["options"])
+    output = Path(arguments.output)
+    settings = TrainingArguments(output_dir=str(output / "untrained"), **made["training"])
+    comparison = compare(data, options, settings, arguments.model)
+    notes = [f"Task `{options.task}`, {comparison.train_size} training examples, {data.data}."]
+    table = write_results(comparison, output, f"{options.task}: test patients", notes)
+    calibration_plot(
+        {name: (comparison.truth, p) for name, p in comparison.test.items() if name in (REFERENCE, PPMI)},
+        output / "calibration.png",
+    )
+    return table
+
+
+def compare(
+    data: DataArguments, options: FinetuneArguments, training_arguments: TrainingArguments, classifier: str | Path
+) -> Comparison:
+    """Fits the rivals on the training examples the classifier had, trains its untrained twin, and scores the test split.
+
+    Args:
+        data: The prepared folder and its split.
+        options: How the classifier was fine-tuned.
+        training_arguments: The same settings, with an output folder for the untrained twin.
+        classifier: The fine-tuned folder.
+    """
+    splits = data.splits()
+    training.check_earlier_stage(str(classifier), data.manifest(splits))
+    tokenizer = EhrCodeTokenizer.from_pretrained(classifier)
+    parts = {name: training.examples_of(data, options, tokenizer, splits, name) for name in splits}
+    predictions = _rivals(data, parts, splits, tokenizer, training_arguments.seed)
+    untrained = replace(options, model=str(classifier), untrained=True, linear_probe=False)
+    twin = training.finetune(data, untrained, training_arguments)
+    for name, folder in ((UNTRAINED, twin), (REFERENCE, classifier)):
+        model = MedBertForSequenceClassification.from_pretrained(folder)
+        scores = [training.predict(model, parts[split], tokenizer) for split in ("validation", "test")]
+        predictions[name] = baselines.Predictions(*scores)
+    held = np.asarray(parts["validation"]["labels"])
+    thresholds = {name: best_f1_threshold(held, p.validation) for name, p in predictions.items()}
+    truth = OneShotTest(np.asarray(parts["test"]["labels"])).read()
+    patients = np.asarray(parts["test"]["subject_id"])
+    scores = {name: p.test for name, p in predictions.items()}
+    return Comparison(scores, thresholds, truth, patients, len(parts["train"]))
+
+
+def _rivals(data, parts, splits, tokenizer, seed: int) -> dict[str, Any]:
+    """Row → validation and test probabilities of the baselines."""
+    examples = [parts[name] for name in ("train", "validation", "test")]
+    size = len(tokenizer)
+    rows = {name: fit(*examples, vocab_size=size, seed=seed) for name, fit in RIVALS.items()}
+    unlabelled = build_examples(
+        data.data, tokenizer, subject_ids=splits["train"], max_length=data.max_length, kinds=tuple(tokenizer.kinds)
+    )
+    table = baselines.ppmi_svd_embeddings(unlabelled, size, dim=min(60, size - 1), seed=seed)
+    rows[PPMI] = baselines.ppmi_svd_lr(*examples, vocab_size=size, seed=seed, embeddings=table)
+    return rows
+
+
+def _from_dict(kind, content: dict):
+    return kind(**{item.name: content[item.name] for item in fields(kind) if item.name in content})
