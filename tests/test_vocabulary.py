@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from hf_ehr.models.code_hierarchy import ancestors, dotted
 from hf_ehr.schema import EhrDataError, shard_name, write_parquet
-from hf_ehr.vocabulary import count_codes, coverage, fingerprint, fit_tokenizer
+from hf_ehr.tasks.audit import LeakageError, check_fitted_on, fingerprint
+from hf_ehr.vocabulary import count_codes, coverage, fit_tokenizer
 
 from .builders import patient, records, visit
 
@@ -152,10 +153,11 @@ def test_other_test_patients_leave_every_saved_byte_alone(tmp_path):
     assert (config["min_patients"], config["min_count"], config["kinds"]) == (11, 1, ["diagnoses"])
 
 
-def test_the_fingerprint_tells_sets_apart_and_knows_no_order():
-    assert fingerprint([3, 1, 2]) == fingerprint(np.array([1, 2, 3, 3])) == fingerprint(pa.array([2, 1, 3]))
-    assert fingerprint([1, 2, 3]) != fingerprint([1, 2, 4])
-    assert fingerprint([1, 23]) != fingerprint([12, 3])
+def test_the_audit_knows_the_patients_it_was_fitted_on():
+    tokenizer = fit_tokenizer(cohort({1: [[E11]], 2: [[E11]], 3: [[E11]]}), subject_ids=[1, 2], min_patients=1)
+    check_fitted_on(tokenizer.init_kwargs["fitted_on"], np.array([2, 1, 1]))
+    with pytest.raises(LeakageError, match="L5"):
+        check_fitted_on(tokenizer.init_kwargs["fitted_on"], [1, 2, 3])
 
 
 def test_code_exact_fits_with_mask_and_padding_on_zero():

@@ -6,7 +6,6 @@ when enough patients have it, and what is stored are the codes and a fingerprint
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from tqdm.auto import tqdm
 from .models.code_hierarchy import ancestors, parent
 from .models.tokenization_ehr import EhrCodeTokenizer
 from .schema import CODE_KINDS, EhrDataError, shard_paths
+from .tasks.audit import fingerprint
 
 Records: TypeAlias = pa.Table | str | Path | Iterable[str | Path]
 """RECORDS in memory, a prepared folder, or the paths of Parquet shards."""
@@ -99,7 +99,8 @@ def fit_tokenizer(
         code_exact: Med-BERT's own ids, see :meth:`EhrCodeTokenizer.from_codes`.
 
     Returns:
-        The tokenizer. Its ``init_kwargs`` hold the options and ``fitted_on``, the :func:`fingerprint` of the patients.
+        The tokenizer. Its ``init_kwargs`` hold the options and ``fitted_on``, the fingerprint of the
+        patients that :func:`hf_ehr.tasks.audit.check_fitted_on` compares.
 
     Raises:
         ValueError: A bound is below 1, ``subject_ids`` is empty, or ``kinds`` names no code list.
@@ -148,15 +149,6 @@ def coverage(tokenizer: EhrCodeTokenizer, records: Records, subject_ids: Any | N
     weights = counts["occurrences"].to_numpy()
     share = [float(weights[which].sum() / weights.sum()) for which in (exact, known & ~exact, ~known)]
     return Coverage(int(weights.sum()), *share)
-
-
-def fingerprint(subject_ids: Any) -> str:
-    """SHA-256 over a salt and the sorted distinct ids: equal for equal sets of patients, and tells none of them.
-
-    Raises:
-        ValueError: ``subject_ids`` is empty or holds no integers.
-    """
-    return hashlib.sha256(b"hf_ehr.vocabulary\0" + _subject_ids(subject_ids).astype("<i8").tobytes()).hexdigest()
 
 
 def _back_off(entered: pl.DataFrame, pairs: pl.DataFrame, enough: pl.Expr) -> pl.DataFrame:
@@ -239,4 +231,4 @@ def _subject_ids(subject_ids: Collection[int] | Any) -> np.ndarray:
     return values.astype(np.int64)
 
 
-__all__ = ["MIN_PATIENTS", "Coverage", "count_codes", "coverage", "fingerprint", "fit_tokenizer"]
+__all__ = ["MIN_PATIENTS", "Coverage", "count_codes", "coverage", "fit_tokenizer"]
