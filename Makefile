@@ -39,7 +39,7 @@ coverage: .venv/.installed-dev ## Run the tests and list the lines that none of 
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --cov
 
 benchmarks: .venv/.installed-dev ## Print the paired speed and memory ratios of benchmarks/README.md
-	set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+	set -e; for script in benchmarks/[!_]*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
 .venv/.created:
 	@command -v $(PYTHON) >/dev/null || { echo "Python $(PYTHON_FLOOR) or newer is needed, and '$(PYTHON)' is not on the PATH. Name one: make PYTHON=/path/to/python3 ..."; exit 1; }

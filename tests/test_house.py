@@ -18,6 +18,7 @@ import yaml
 from transformers.dynamic_module_utils import get_relative_imports
 
 import hf_ehr
+from hf_ehr.cli.main import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src"
@@ -29,7 +30,7 @@ FLOORS = (
     {"prepare", "datasets", "_histories"},
     {"samplers", "collators"},
     {"metrics", "_scores", "intervals", "baselines", "visualization"},
-    {"", "reports", "hub", "pipelines", "training", "quickstart", "cli"},
+    {"", "reports", "hub", "pipelines", "training", "evaluation", "quickstart", "cli"},
 )
 """A file sees its own floor and those before it; the empty name is the package's ``__init__``."""
 TOP = FLOORS[-1]
@@ -230,6 +231,7 @@ def test_what_the_acceptance_table_names_exists(row):
         assert shown_by.split()[1] in make_targets()
     else:
         assert shown_by.startswith("hf-ehr "), "must name tests (tests/…), or a command (make …, hf-ehr …)"
+        assert shown_by.split()[1] in COMMANDS
 
 
 def is_defined(node: str) -> bool:
@@ -284,6 +286,10 @@ def test_a_document_links_and_points_only_to_what_exists(document):
     files = set(re.findall(r"`((?:src|tests|benchmarks|examples|model_cards)/[\w./-]*)`", text))
     assert {name for name in links | files if not (ROOT / name).exists()} == set()
     assert set(re.findall(r"\bmake ([a-z-]+)`", text)) <= make_targets()
+
+
+def test_the_readme_lists_every_command():
+    assert set(re.findall(r"^\| `hf-ehr ([\w-]+)", (ROOT / "README.md").read_text(), re.MULTILINE)) == set(COMMANDS)
 
 
 def test_the_map_of_files_in_the_readme_is_complete():
