@@ -1,0 +1,174 @@
+"""Figures of an evaluation: label efficiency and calibration, as PNG files without a display."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from hf_ehr._scores import Array, check_scores, equal_mass_bins
+from hf_ehr.intervals import Interval
+from hf_ehr.schema import atomic_path
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from matplotlib.axes import Axes
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+"""The palette of Okabe & Ito (2008), safe for the colour-blind, without its yellow, which vanishes on white."""
+MARKERS = "osD^vPX*"
+DPI = 150
+
+
+def label_efficiency_curve(
+    results: Mapping[str, Mapping[int, Interval]],
+    path: str | Path,
+    *,
+    metric: str = "AUROC",
+    title: str = "Label efficiency",
+) -> None:
+    """Draws ``metric`` against the number of labelled patients, with intervals.
+
+    Args:
+        results: Model → number of labelled patients → figure; models appear in the legend in this order.
+        path: The PNG to write.
+        metric: Name on the y axis.
+        title: Above the plot.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: There is nothing to draw.
+    """
+    sizes = sorted({size for curve in results.values() for size in curve})
+    if not sizes:
+        raise ValueError("`results` must hold at least one figure, got none.")
+    with _figure(path, (8.0, 4.5)) as figure:
+        axes = figure.subplots()
+        spread = 0.12 * min(np.diff(np.log(sizes)), default=1.0)
+        for index, (name, curve) in enumerate(results.items()):
+            _draw_curve(axes, name, curve, index, spread * (index / max(len(results) - 1, 1) - 0.5))
+        axes.set_xscale("log")
+        axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        axes.minorticks_off()
+        axes.margins(x=0.08)
+        axes.set(xlabel="Labelled patients", ylabel=metric, title=title)
+        _decorate(axes)
+        _legend_beside(axes)
+
+
+def calibration_plot(
+    predictions: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    path: str | Path,
+    *,
+    bins: int = 10,
+    title: str = "Calibration",
+) -> None:
+    """Draws observed against predicted risk in equal-mass bins, and below it how often each risk is predicted.
+
+    The axes end at the largest bin, bar or 99.5th percentile of a model.
+
+    The bars are 95 % Wilson intervals of the rows of a bin, which take rows as independent: with several rows per
+    patient they are too narrow.
+
+    Args:
+        predictions: Model → (labels 0/1 ``(n,)``, probabilities ``(n,)``).
+        path: The PNG to write.
+        bins: Number of bins, fewer where values are tied.
+        title: Above the plot.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: There is nothing to draw, or as ``metrics.brier``.
+    """
+    if not predictions:
+        raise ValueError("`predictions` must hold at least one model, got none.")
+    checked = {name: check_scores(y, p, None, probability=True)[:2] for name, (y, p) in predictions.items()}
+    with _figure(path, (7.5, 6.0)) as figure:
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+        tops = [_draw_reliability(upper, name, y, p, bins, i) for i, (name, (y, p)) in enumerate(checked.items())]
+        limit = min(1.0, 1.05 * max(tops))
+        upper.plot([0, limit], [0, limit], color="0.5", linestyle="--", linewidth=1, label="Perfect", zorder=1)
+        upper.set(xlim=(0, limit), ylim=(0, limit), ylabel="Observed fraction", title=title)
+        for index, (_, p) in enumerate(checked.values()):
+            share = np.full(len(p), 100 / len(p))
+            edges = list(np.linspace(0, limit, 41))
+            lower.hist(p, edges, weights=share, histtype="step", color=COLORS[index % len(COLORS)], linewidth=1.4)
+        lower.set(xlabel="Predicted probability", ylabel="Rows (%)", yscale="log")
+        lower.set_yticks([0.1, 1, 10, 100], ["0.1", "1", "10", "100"])
+        for axes in (upper, lower):
+            _decorate(axes)
+        _legend_beside(upper)
+
+
+def reliability(y: ArrayLike, p: ArrayLike, bins: int) -> tuple[Array, Array, Array]:
+    """Mean prediction, positives and rows of each equal-mass bin that is not empty, ``(bins used,)`` each."""
+    labels, scores, weight = check_scores(y, p, None, probability=True)
+    members = equal_mass_bins(scores, bins)
+    rows = np.bincount(members, weight, bins)
+    used = rows > 0
+    mean = np.bincount(members, scores, bins)[used] / rows[used]
+    return mean, np.bincount(members, labels, bins)[used], rows[used]
+
+
+def wilson_interval(positives: Array, rows: Array, z: float = 1.959964) -> tuple[Array, Array]:
+    """Lower and upper end of Wilson's (1927) interval of a proportion; also sound at 0 and at all positives."""
+    rate, spread = positives / rows, z * z / rows
+    centre = (rate + spread / 2) / (1 + spread)
+    half = np.sqrt(rate * (1 - rate) * spread + spread * spread / 4) / (1 + spread)
+    return np.clip(centre - half, 0, 1), np.clip(centre + half, 0, 1)
+
+
+def _draw_curve(axes: Axes, name: str, curve: Mapping[int, Interval], index: int, shift: float) -> None:
+    """One model; ``shift`` (on the log axis) keeps the bars of several models apart."""
+    sizes = sorted(curve)
+    x = np.asarray(sizes) * np.exp(shift)
+    value, low, high = (np.array([getattr(curve[size], end) for size in sizes]) for end in ("value", "low", "high"))
+    color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
+    axes.errorbar(
+        x, value, np.maximum([value - low, high - value], 0), label=name, color=color, marker=marker,
+        markersize=5, linewidth=1.6, elinewidth=1.1, capsize=3,
+    )  # fmt: skip
+
+
+def _draw_reliability(axes: Axes, name: str, y: Array, p: Array, bins: int, index: int) -> float:
+    """One model; returns how far its points and bars reach."""
+    mean, positives, rows = reliability(y, p, bins)
+    rate = positives / rows
+    low, high = wilson_interval(positives, rows)
+    color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
+    axes.errorbar(
+        mean, rate, [rate - low, high - rate], label=name, color=color, marker=marker,
+        markersize=5, linewidth=1.4, elinewidth=1.1, capsize=3, zorder=2,
+    )  # fmt: skip
+    return float(max(high.max(), mean.max(), np.quantile(p, 0.995)))
+
+
+def _decorate(axes: Axes) -> None:
+    axes.grid(True, color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _legend_beside(axes: Axes) -> None:
+    """A legend outside the axes, where it covers no data."""
+    axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False, borderaxespad=0)
+
+
+@contextmanager
+def _figure(path: str | Path, size: tuple[float, float]) -> Iterator[Any]:
+    """A figure written to ``path`` on success. It has an Agg canvas and no pyplot, so nothing is left open."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Figures need matplotlib. Do `pip install 'transformers-ehr[viz]'`.") from error
+    figure = Figure(figsize=size, dpi=DPI)
+    FigureCanvasAgg(figure)
+    yield figure
+    with atomic_path(Path(path)) as temporary:
+        figure.savefig(temporary, format="png", bbox_inches="tight")

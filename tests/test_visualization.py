@@ -1,0 +1,137 @@
+"""Figures: the numbers they draw, and that files are whole, closed and sized as promised."""
+
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hf_ehr.intervals import Interval
+from hf_ehr.visualization import COLORS, calibration_plot, label_efficiency_curve, reliability, wilson_interval
+
+CURVES = {
+    "Bag-of-codes LR": {300: Interval(0.6, 0.55, 0.65), 1000: Interval(0.68, 0.65, 0.71)},
+    "Med-BERT": {300: Interval(0.7, 0.66, 0.74), 1000: Interval(0.76, 0.74, 0.78)},
+}
+
+
+def pixels(path):
+    return np.asarray(Image.open(path).convert("RGB")).astype(int)
+
+
+def count_of(color, image):
+    wanted = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)])
+    return int((np.abs(image - wanted).max(axis=2) < 3).sum())
+
+
+def drawn_predictions(n=2000, seed=0):
+    rng = np.random.default_rng(seed)
+    p = rng.beta(2, 6, n)
+    return (rng.random(n) < p).astype(int), p
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures as they are when they are saved."""
+    from matplotlib.figure import Figure
+
+    saved, savefig = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (saved.append(self), savefig(self, *a, **k))[1])
+    return saved
+
+
+def test_the_label_efficiency_curve_draws_values_and_intervals(tmp_path, figures):
+    label_efficiency_curve(CURVES, tmp_path / "curve.png")
+    (axes,) = figures[0].axes
+    assert axes.get_xscale() == "log"
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["300", "1,000"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == list(CURVES)
+    for container, curve in zip(axes.containers, CURVES.values(), strict=True):
+        line, _, (bars,) = container
+        np.testing.assert_allclose(line.get_ydata(), [figure.value for figure in curve.values()])
+        np.testing.assert_allclose(line.get_xdata(), list(curve), rtol=0.1)
+        ends = [segment[:, 1].tolist() for segment in bars.get_segments()]
+        np.testing.assert_allclose(ends, [[figure.low, figure.high] for figure in curve.values()])
+
+
+def test_nothing_is_clipped_and_the_legend_covers_no_data(tmp_path, figures):
+    many = {f"A model with a rather long name, number {i}": CURVES["Med-BERT"] for i in range(8)}
+    label_efficiency_curve(many, tmp_path / "curve.png")
+    calibration_plot({name: drawn_predictions() for name in many}, tmp_path / "calibration.png")
+    for figure in figures:
+        legend = figure.axes[0].get_legend().get_window_extent()
+        assert legend.x0 > figure.axes[0].get_window_extent().x1
+    for name in ("curve", "calibration"):
+        image = pixels(tmp_path / f"{name}.png")
+        border = np.concatenate([image[:3].reshape(-1, 3), image[-3:].reshape(-1, 3), image[:, :3].reshape(-1, 3)])
+        assert (border == 255).all()
+        assert (image[:, -3:] == 255).all()
+
+
+def test_a_figure_is_a_png_at_150_dpi_without_a_window_or_a_leftover(tmp_path):
+    label_efficiency_curve(CURVES, tmp_path / "new" / "curve.png")
+    calibration_plot({"Med-BERT": drawn_predictions()}, tmp_path / "new" / "calibration.png")
+    for name in ("curve.png", "calibration.png"):
+        with Image.open(tmp_path / "new" / name) as image:
+            assert image.format == "PNG"
+            assert image.info["dpi"] == pytest.approx((150, 150), abs=0.1)
+        assert count_of(COLORS[0], pixels(tmp_path / "new" / name)) > 300
+    assert len(list((tmp_path / "new").iterdir())) == 2
+    if "matplotlib.pyplot" in sys.modules:
+        assert sys.modules["matplotlib.pyplot"].get_fignums() == []
+
+
+def test_a_single_size_and_an_undefined_figure_can_be_drawn(tmp_path):
+    nan = float("nan")
+    curves = {"Med-BERT": {84: Interval(0.6, 0.4, 0.8)}, "Broken": {84: Interval(nan, nan, nan)}}
+    label_efficiency_curve(curves, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match="`results` must hold at least one figure"):
+        label_efficiency_curve({"Med-BERT": {}}, tmp_path / "empty.png")
+    assert not (tmp_path / "empty.png").exists()
+
+
+def test_the_calibration_plot_draws_equal_mass_bins_with_intervals(tmp_path, figures):
+    y, p = drawn_predictions()
+    calibration_plot({"Med-BERT": (y, p), "Prevalence": (y, np.full(len(y), y.mean()))}, tmp_path / "plot.png", bins=5)
+    upper, lower = figures[0].axes
+    line, _, (bars,) = upper.containers[0]
+    by_risk = np.array_split(np.argsort(p), 5)
+    np.testing.assert_allclose(line.get_xdata(), [p[rows].mean() for rows in by_risk])
+    np.testing.assert_allclose(line.get_ydata(), [y[rows].mean() for rows in by_risk])
+    low, high = np.array([segment[:, 1] for segment in bars.get_segments()]).T
+    assert (low < line.get_ydata()).all()
+    assert (high > line.get_ydata()).all()
+    np.testing.assert_allclose(upper.containers[1][0].get_xdata(), [y.mean()])
+    assert lower.get_xlim() == upper.get_xlim() == upper.get_ylim()
+    diagonal = next(drawn for drawn in upper.lines if drawn.get_label() == "Perfect")
+    np.testing.assert_array_equal(diagonal.get_xdata(), diagonal.get_ydata())
+    assert {text.get_text() for text in upper.get_legend().get_texts()} == {"Perfect", "Med-BERT", "Prevalence"}
+
+
+def test_reliability_of_four_rows_by_hand():
+    mean, positives, rows = reliability([0, 1, 1, 1], [0.1, 0.3, 0.6, 0.8], 2)
+    np.testing.assert_allclose(mean, [0.2, 0.7])
+    np.testing.assert_array_equal(positives, [1, 2])
+    np.testing.assert_array_equal(rows, [2, 2])
+
+
+def test_wilson_interval_gives_the_published_numbers():
+    # Newcombe (1998), table I, method 3: 81/263, 15/148, 0/20, 1/29
+    low, high = wilson_interval(np.array([81, 15, 0, 1.0]), np.array([263, 148, 20, 29.0]))
+    np.testing.assert_allclose(low, [0.2553, 0.0624, 0, 0.0061], atol=5e-5)
+    np.testing.assert_allclose(high, [0.3662, 0.1605, 0.1611, 0.1718], atol=5e-5)
+
+
+def test_bad_predictions_leave_no_file(tmp_path):
+    with pytest.raises(ValueError, match=r"`p` must lie in \[0, 1\]"):
+        calibration_plot({"Med-BERT": ([0, 1], [-2.0, 3.0])}, tmp_path / "plot.png")
+    with pytest.raises(ValueError, match="`predictions` must hold at least one model"):
+        calibration_plot({}, tmp_path / "plot.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_matplotlib_the_error_names_the_pip_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pip install 'transformers-ehr\[viz\]'"):
+        label_efficiency_curve(CURVES, tmp_path / "curve.png")
