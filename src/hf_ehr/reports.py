@@ -238,9 +238,9 @@ def _markdown(rows: Sequence[Result], records: Sequence[dict[str, Any]], title: 
     level = next(iter(rows[0].metrics.values())).level
     definitions = (
         f"Brackets: {level:.0%} bootstrap intervals, patients resampled with all their rows (and draws, where there "
-        "are several). AP is average precision, F1 is taken at a threshold tuned on validation, ECE over 15 bins of equal "
-        "mass. Δ AUROC is paired by patient; it counts as a difference when its interval excludes 0, it is at least "
-        "0.01, and its p-value stays below 5 % after Holm's correction over the table."
+        "are several). AP is average precision, F1 is taken at a threshold tuned on validation, ECE over 15 bins of "
+        "equal mass. Δ AUROC is paired by patient; it counts as a difference when its interval excludes 0, it is at "
+        "least 0.01, and its p-value stays below 5 % after Holm's correction over the table."
     )
     return "\n".join([*lines, "", definitions, "", *(f"- {note}" for note in notes)])
 
