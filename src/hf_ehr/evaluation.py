@@ -20,20 +20,50 @@ from .metrics import best_f1_threshold
 from .models.modeling_medbert import MedBertForSequenceClassification
 from .models.tokenization_ehr import EhrCodeTokenizer
 from .reports import evaluate_rows, write_table
-from .schema import EhrDataError
+from .schema import EhrDataError, atomic_path
 from .tasks.audit import OneShotTest
 from .training import FINETUNE_FILE, DataArguments, FinetuneArguments
 from .visualization import calibration_plot
 
 REFERENCE = "Med-BERT"
-UNTRAINED = "Med-BERT, untrained"
+UNTRAINED = "Untrained Med-BERT"
 PPMI = "PPMI-SVD + LR"
 RIVALS = {
-    "prevalence": baselines.prevalence,
-    "age + sex LR": baselines.age_sex_lr,
-    "bag-of-codes LR": baselines.bag_of_codes_lr,
+    "Prevalence": baselines.prevalence,
+    "Age + sex LR": baselines.age_sex_lr,
+    "Bag-of-codes LR": baselines.bag_of_codes_lr,
     "LightGBM on counts": baselines.lightgbm_counts,
 }
+
+
+CARD = """---
+{meta}
+---
+
+# Med-BERT for `{task}`
+
+> Research software, **not a medical device**: no decision about a patient may rest on it.
+
+Med-BERT (Rasmy et al., npj Digital Medicine 2021) in an independent implementation; not the authors' weights.
+The input is a patient's diagnosis codes up to the prediction time, the output the probability of `{task}`.
+
+```python
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+model = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+inputs = tokenizer.encode_patient([["ICD10CM/E11.9", "ICD10CM/I10"], ["ICD10CM/I50.9"]])  # a list of visits
+```
+
+The decision threshold in `config.thresholds` was tuned on validation patients. Splits are by patient; `splits.json`
+holds them as salted hashes. Codes of fewer than 11 training patients are not in the vocabulary: they back off.
+
+## Figures
+
+{table}
+
+{notes}
+"""
 
 
 @dataclass
@@ -65,7 +95,7 @@ class Comparison:
 
 
 def evaluate(arguments: EvaluateArguments) -> Path:
-    """Runs the whole comparison for a fine-tuned folder and writes `table.{md,csv,json}`, `calibration.png` and a card.
+    """Compares a fine-tuned folder with its rivals; writes `table.{md,csv,json}`, `calibration.png` and a card.
 
     Returns:
         Path of the Markdown table.
@@ -90,13 +120,14 @@ def evaluate(arguments: EvaluateArguments) -> Path:
         {name: (comparison.truth, p) for name, p in comparison.test.items() if name in (REFERENCE, PPMI)},
         output / "calibration.png",
     )
+    write_card(Path(arguments.model), options.task, table, notes)
     return table
 
 
 def compare(
     data: DataArguments, options: FinetuneArguments, training_arguments: TrainingArguments, classifier: str | Path
 ) -> Comparison:
-    """Fits the rivals on the training examples the classifier had, trains its untrained twin, and scores the test split.
+    """Fits the rivals on the classifier's training examples, trains its untrained twin, and scores the test split.
 
     Args:
         data: The prepared folder and its split.
@@ -121,6 +152,31 @@ def compare(
     patients = np.asarray(parts["test"]["subject_id"])
     scores = {name: p.test for name, p in predictions.items()}
     return Comparison(scores, thresholds, truth, patients, len(parts["train"]))
+
+
+def write_results(comparison: Comparison, output: Path, title: str, notes: list[str]) -> Path:
+    """Writes `table.csv`, `table.json` and `table.md` into `output`; returns the last."""
+    rows = evaluate_rows(
+        comparison.test, comparison.truth, comparison.patients,
+        reference=REFERENCE, thresholds=comparison.thresholds, n_train=comparison.train_size,
+    )  # fmt: skip
+    paths = write_table(rows, output / "table", title, notes)
+    return next(path for path in paths if path.suffix == ".md")
+
+
+def write_card(folder: Path, task: str, table: Path, notes: list[str]) -> None:
+    """Writes the model card `README.md` of a classifier: what it is for, what it is not, and its figures."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    meta = ModelCardData(
+        library_name="transformers", license="apache-2.0", pipeline_tag="text-classification",
+        tags=["ehr", "med-bert", "transformers-ehr"], model_name=f"Med-BERT, {task}",
+    )  # fmt: skip
+    text = CARD.format(
+        meta=meta.to_yaml(), task=task, table=table.read_text(), notes="\n".join(f"- {n}" for n in notes)
+    )
+    with atomic_path(folder / "README.md") as temporary:
+        ModelCard(text).save(temporary)
 
 
 def _rivals(data, parts, splits, tokenizer, seed: int) -> dict[str, Any]:

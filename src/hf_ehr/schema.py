@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 TIMESTAMP = pa.timestamp("us")
 
 KINDS = (
-    "static", "birth", "admission", "diagnosis", "procedure", "medication", "measurement", "note", "discharge", "death",
+    "static", "birth", "admission", "diagnosis", "procedure", "medication", "measurement", "note", "discharge",
+    "death",
 )  # fmt: skip
 VISIT_KINDS = ("inpatient", "emergency", "outpatient", "unknown")
 DISPOSITIONS = ("home", "facility", "transfer", "hospice", "against_advice", "died", "unknown")
@@ -254,7 +255,7 @@ def validate_events(events: pa.Table) -> pa.Table:
 
 
 def validate_labels(labels: pa.Table) -> pa.Table:
-    """Checks LABELS; columns a label file leaves out are filled with nulls (files written by ACES are read as they are).
+    """Checks LABELS; columns a label file leaves out are filled with nulls (files that ACES writes are read as is).
 
     Raises:
         EhrDataError: A row has no value, or a required column is missing.

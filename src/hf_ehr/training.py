@@ -1,4 +1,4 @@
-"""Pre-training and fine-tuning of Med-BERT with the stock ``Trainer``, as the command line and the quickstart run them.
+"""Pre-training and fine-tuning of Med-BERT with the stock ``Trainer``, for the command line and the quickstart.
 
     prepared folder ─ splits, tokenizer ─▶ pretrain ─▶ checkpoint ─▶ finetune ─▶ classifier folder ─▶ predict
 
@@ -99,9 +99,10 @@ class FinetuneArguments:
         default=None, metadata={"help": "Use this many training patients only (nested subsets for one `draw`)."}
     )
     draw: int = field(default=0, metadata={"help": "Which random order the subset is taken from."})
-    untrained: bool = field(default=False, metadata={"help": "Keep the architecture, forget the weights: the control."})
+    untrained: bool = field(default=False, metadata={"help": "Keep the architecture, forget the weights."})
     linear_probe: bool = field(
-        default=True, metadata={"help": "Start the classifier from a logistic regression on the frozen patient vectors."}
+        default=True,
+        metadata={"help": "Start the classifier from a regression on frozen patient vectors."},
     )
 
 
@@ -146,7 +147,7 @@ def pretrain(data: DataArguments, options: PretrainArguments, training: Training
 
 
 def start_from_unigram(model: MedBertForPreTraining, examples: datasets.Dataset) -> None:
-    """Sets the decoder's bias to the log frequency of each training code, so that learning starts where guessing ends."""
+    """Sets the decoder's bias to the log frequency of each code, so that learning starts where guessing ends."""
     with torch.no_grad():
         model.head.decoder.bias.copy_(torch.from_numpy(_log_unigram(examples, model.config.vocab_size)))
 
@@ -207,15 +208,16 @@ def finetune(data: DataArguments, options: FinetuneArguments, training: Training
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=_checkpoint(training))
     _keep_better(trainer.model, before, examples["validation"], tokenizer)
-    labels, scores = np.asarray(examples["validation"]["labels"]), predict(trainer.model, examples["validation"], tokenizer)
+    labels, scores = (
+        np.asarray(examples["validation"]["labels"]),
+        predict(trainer.model, examples["validation"], tokenizer),
+    )
     trainer.model.config.thresholds = {trainer.model.config.id2label[1]: float(best_f1_threshold(labels, scores))}
     if trainer.is_world_process_zero():
         trainer.save_model(output)
         data.manifest(splits).save(output / SPLITS_FILE)
         settings = {name: getattr(training, name) for name in FINETUNE_SETTINGS}
-        _write_json(
-            output / FINETUNE_FILE, {"data": asdict(data), "options": asdict(options), "training": settings}
-        )
+        _write_json(output / FINETUNE_FILE, {"data": asdict(data), "options": asdict(options), "training": settings})
         shutil.rmtree(output / "examples", ignore_errors=True)
     return output
 

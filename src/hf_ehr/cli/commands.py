@@ -9,10 +9,12 @@ from typing import Any
 
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_ehr import evaluation, quickstart as quickstart_run, training
+from hf_ehr import evaluation, training
+from hf_ehr import quickstart as quickstart_run
 from hf_ehr.prepare import format_summary
 from hf_ehr.prepare import prepare as prepare_data
-from hf_ehr.vocabulary import coverage, fit_tokenizer as fit
+from hf_ehr.vocabulary import coverage
+from hf_ehr.vocabulary import fit_tokenizer as fit
 
 MODELS = ("medbert",)
 PRETRAIN_DEFAULTS = {  # section "Pretraining" of the Med-BERT paper, but for steps and warm-up that fit any data
@@ -87,9 +89,10 @@ def pretrain(words: list[str]) -> None:
     if arguments.process_index == 0:
         gain = figures["unigram_loss"] - figures["code_loss"]
         print(
-            f"Hidden codes of validation patients: {figures['code_loss']:.3f} nats, {gain:+.3f} better than guessing by "
-            f"frequency ({figures['unigram_loss']:.3f}). Prolonged stay: AUROC {figures['stay_auroc']:.3f}.\n"
-            f"Next: hf-ehr finetune medbert --data {data.data} --model {arguments.output_dir} --task TASK --output_dir DIR"
+            f"Hidden codes of validation patients: {figures['code_loss']:.3f} nats, {gain:+.3f} better than guessing "
+            f"by frequency ({figures['unigram_loss']:.3f}). Prolonged stay: AUROC {figures['stay_auroc']:.3f}.\n"
+            f"Next: hf-ehr finetune medbert --data {data.data} --model {arguments.output_dir} --task TASK "
+            "--output_dir DIR"
         )
 
 
