@@ -133,7 +133,7 @@ def test_each_worker_each_epoch_and_each_rank_draws_masks_of_its_own(monkeypatch
 
 
 @given(st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=15), min_size=1, max_size=8), st.integers(0, 9))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_set_masking_takes_out_whole_codes_and_leaves_some_of_each_patient(patients, seed):
     batch = flat(*patients, key=(seed, 0))
     masked, labels = SetMasking(TOKENIZER)(batch)

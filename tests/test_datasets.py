@@ -76,7 +76,7 @@ def expected_streams(row, time, kinds, max_length=512):
 
 
 @given(cohort(labels_per_patient=3), st.sampled_from([("diagnoses",), ("procedures", "diagnoses")]), st.integers(2, 9))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_an_example_holds_exactly_the_codes_that_were_available_in_visits_that_had_begun(data, kinds, max_length):
     table, asked = data
     rows = {row["subject_id"]: row for row in table.to_pylist()}
@@ -119,7 +119,7 @@ def batch_bytes(dataset):
 
 
 @given(cohort(labels_per_patient=1), st.integers(0, 5))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_deleting_or_rewriting_the_future_leaves_examples_and_batches_byte_identical(data, seed):
     table, asked = data
     kinds = ("diagnoses", "procedures")

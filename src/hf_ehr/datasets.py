@@ -242,10 +242,11 @@ class _Builder:
     def _table(self, batch: pa.RecordBatch, history: History, rows: np.ndarray, label_rows: np.ndarray) -> pa.Table:
         times = np.full(len(rows), NEVER) if self.labels is None else self.labels.times[label_rows]
         codes, visit_lengths, patient_lengths = history.visible(rows, times)
-        unique = distinct_codes(codes, visit_lengths, patient_lengths)
         limit = None if self.drop_long else self.max_length
         encoded = self.tokenizer.encode_column(codes, visit_lengths, patient_lengths, max_length=limit)
         lengths = np.diff(encoded.offsets)
+        few = self.min_unique_codes > 1
+        unique = distinct_codes(codes, visit_lengths, patient_lengths) if few else lengths
         keep = self._keep(lengths, unique)
         tokens = np.repeat(keep, lengths)
         offsets = pa.array(total_before(lengths[keep]).astype(np.int32))

@@ -189,6 +189,10 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
 
     Raises:
         ValueError: There is no patient, or one that does not fit into the budget.
+
+    Example:
+        >>> list(TokenBudgetBatchSampler([3, 5, 2, 4], max_tokens=12, shuffle=False))
+        [[0, 1], [2, 3]]
     """
 
     batch_size = None  # for accelerate: the number of patients varies
