@@ -36,6 +36,7 @@ from hf_ehr.schema import (
     EhrDataError,
     atomic_path,
     shard_name,
+    shard_paths,
     validate_events,
     validate_labels,
     write_parquet,
@@ -100,6 +101,8 @@ def prepare(
     else:
         described = _stage(source, job, staging, engine, progress)
     summaries = _finish_shards(job, output, described["extracts"], workers, progress)
+    if job["source"] == "synthetic":
+        _label_synthetic(output, staging)
     summary = _merge(summaries)
     summary["rejected"] = _collect_rejected(staging, described["extracts"], output)
     summary["fingerprint"] = job["fingerprint"]
@@ -309,6 +312,14 @@ def _write_labels(engine: Engine, source: Source, staging: Path) -> None:
     for name, labels in source.labels.items():
         table = labels.to_pyarrow().select(LABEL_SCHEMA.names).cast(LABEL_SCHEMA)
         write_parquet(validate_labels(table), staging / "labels" / f"{name}.parquet")
+
+
+def _label_synthetic(output: Path, staging: Path) -> None:
+    """The outcome that the truth holds, as LABELS."""
+    from hf_ehr.sources.synthetic import TASK, labels
+
+    parts = [labels(pq.read_table(path)) for path in shard_paths(output, "truth")]
+    write_parquet(validate_labels(pa.concat_tables(parts)), staging / "labels" / f"{TASK}.parquet")
 
 
 # Stage 2: staged events → shards
