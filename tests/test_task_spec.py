@@ -383,6 +383,16 @@ class TestLabelDataset:
         assert any("a1c_high" in warning for warning in flow["warnings"])
         assert any("index-leak" in warning for warning in flow["warnings"])
 
+    def test_drugs_coded_as_bare_numbers_are_reported(self, tmp_path):
+        drugs = ["DRUG/INSULIN", "NDC/00004200278", "NDC/0002-3235", "NDC/1"]
+        table = records(patient(0, [visit(0, diagnoses=["ICD10CM/E11.9"], medications=drugs)]))
+        write_parquet(table, tmp_path / "records" / shard_name(0, 1))
+        DatasetInfo(source="test").save(tmp_path)
+        path = label_dataset("diabetes_heart_failure", tmp_path, progress=False)
+        warnings = json.loads(path.with_suffix(".json").read_text())["warnings"]
+        assert any("`antidiabetic_agent` cannot read 75% of the medication codes" in warning for warning in warnings)
+        assert not any("heart_failure_procedure` cannot" in warning for warning in warnings)
+
     def test_an_unbelievable_prevalence_is_reported(self, folder):
         spec = replace(get_task("readmission_30d"), expected_prevalence=(0.9, 1.0))
         flow = json.loads(label_dataset(spec, folder, progress=False).with_suffix(".json").read_text())

@@ -214,6 +214,19 @@ def confirming_data(history: History, predicates: Mapping[str, Predicate]) -> fr
     return frozenset(name for name in names if _could_hold(history, predicates, name))
 
 
+def unreadable_share(history: History, predicate: Predicate) -> float:
+    """Share of the codes of the predicate's kind that are bare numbers of a vocabulary it does not name (e.g. NDC)."""
+    vocabularies = {pattern.partition("/")[0] for pattern in predicate.codes}
+    numbers = total = 0
+    for kind in code_kinds(predicate):
+        codes = history.codes(kind)
+        named = codes.matches(tuple(f"{vocabulary}/*" for vocabulary in vocabularies if vocabulary != "*"))
+        opaque = codes.matches((r"^[^/]+/[0-9-]+$",)) & ~named
+        numbers += int(np.sum(opaque[codes.index])) if len(opaque) else 0
+        total += len(codes.index)
+    return numbers / total if total else 0.0
+
+
 def code_regex(pattern: str) -> str:
     """The regular expression of a code pattern: ``ICD9CM/250.?0`` → ``(?i)^ICD9CM/250\\..0$``."""
     if pattern.startswith("^"):

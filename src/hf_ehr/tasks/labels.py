@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from hf_ehr.schema import LABEL_SCHEMA, DatasetInfo, EhrDataError, atomic_path, shard_paths, validate_labels
-from hf_ehr.tasks.events import code_kinds
+from hf_ehr.tasks.events import History, code_kinds, unreadable_share
 from hf_ehr.tasks.library import TASKS, get_task
 from hf_ehr.tasks.spec import TaskSpec
 
@@ -51,6 +51,7 @@ def label_dataset(task: TaskSpec | str, directory: str | Path, *, progress: bool
             flow.add(labels, excluded)
         flow.check(spec)
     report = flow.report(spec, present)
+    report["warnings"] += _unreadable(spec, pq.ParquetFile(paths[0]).read(columns=columns[0]))
     with atomic_path(target.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     return target
@@ -68,7 +69,7 @@ def read_labels(path: str | Path) -> pa.Table:
     files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
     if not files or not files[0].is_file():
         raise EhrDataError(
-            f"`{path}` must be a Parquet file of labels, or a folder of them. Run `hf-ehr label` first."
+            f"`{path}` must be a Parquet file of labels, or a folder of them. Make one with `label_dataset`."
         )
     return pa.concat_tables(validate_labels(pq.read_table(file)) for file in files)
 
@@ -143,6 +144,19 @@ def _confirming_data(spec: TaskSpec, shards: list, progress: bool) -> frozenset[
             break
         present |= spec.confirming_data(pq.ParquetFile(path).read(columns=names))
     return present
+
+
+def _unreadable(spec: TaskSpec, records: pa.Table) -> list[str]:
+    """Confirming predicates that miss codes because these are numbers of another vocabulary, judged by one shard."""
+    history, notes = History(records), []
+    for name in dict.fromkeys(name for predicate in spec.predicates.values() for name in predicate.confirmed_by):
+        share = unreadable_share(history, spec.predicates[name])
+        if share > 0.01:
+            notes.append(
+                f"`{name}` cannot read {share:.0%} of the {spec.predicates[name].kind} codes: they are numbers of a "
+                "vocabulary it does not name. Map them (drugs to ATC) when the source is prepared."
+            )
+    return notes
 
 
 def _columns(path: Path, spec: TaskSpec) -> list[str]:
