@@ -105,7 +105,7 @@ def _pretrained(arguments: QuickstartArguments, data: DataArguments, folder: Pat
         return json.loads(done.read_text())["held_out"]
     options = PretrainArguments(preset="tiny", model_options=json.dumps(RECIPE), mlm_probability=0.3, max_tokens=2048)
     settings = PRETRAINING | {"num_train_epochs": arguments.epochs}
-    return training.pretrain(data, options, _settings(folder, settings))
+    return training.pretrain(data, options, _settings(folder, settings, logging_strategy="steps", logging_steps=250))
 
 
 def _sizes(arguments: QuickstartArguments, data: DataArguments, task: str) -> list[int]:
@@ -173,9 +173,8 @@ def _score_one(model: Path, data: DataArguments) -> None:
     name, threshold = next(iter(classifier.config.thresholds.items()))
     probability = logits.softmax(-1)[0, 1].item()
     decision = "above" if probability >= threshold else "below"
-    _say(
-        f"     a patient with {len(record['visits'])} visits: P({name}) = {probability:.3f}, {decision} {threshold:.3f}"
-    )
+    risk = f"P({name}) = {probability:.3f}, {decision} the threshold {threshold:.3f}"
+    _say(f"     a patient with {len(record['visits'])} visits: {risk}")
 
 
 def _next_steps(model: Path, output: Path, seconds: float) -> str:
@@ -192,8 +191,9 @@ def _next_steps(model: Path, output: Path, seconds: float) -> str:
     )
 
 
-def _settings(folder: Path, settings: dict) -> TrainingArguments:
-    return TrainingArguments(output_dir=str(folder), logging_strategy="no", report_to="none", **settings)
+def _settings(folder: Path, settings: dict, **more) -> TrainingArguments:
+    settings = {"logging_strategy": "no", "report_to": "none"} | settings | more
+    return TrainingArguments(output_dir=str(folder), **settings)
 
 
 def _say(text: str) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from .collators import CodeMasking, PackedCollator, SetMasking
@@ -132,7 +132,7 @@ def pretrain(data: DataArguments, options: PretrainArguments, training: Training
     trainer = Trainer(
         model,
         # The bins are drawn anew each epoch by the data set itself.
-        replace_arguments(training, per_device_train_batch_size=1, train_sampling_strategy="sequential"),
+        _arguments(training, per_device_train_batch_size=1, train_sampling_strategy="sequential"),
         PackedCollator(tokenizer, masking),
         train_dataset=PackedDataset(examples["train"], options.max_tokens, training.seed),
         processing_class=tokenizer,
@@ -198,7 +198,7 @@ def finetune(data: DataArguments, options: FinetuneArguments, training: Training
     before = {name: value.clone() for name, value in model.state_dict().items()}
     trainer = Trainer(
         model,
-        replace_arguments(training, eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end=True,
+        _arguments(training, eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end=True,
                           metric_for_best_model="auroc", greater_is_better=True, save_total_limit=1),
         PackedCollator(tokenizer),
         train_dataset=examples["train"],
@@ -206,7 +206,7 @@ def finetune(data: DataArguments, options: FinetuneArguments, training: Training
         compute_metrics=lambda prediction: {"auroc": auroc(prediction.label_ids, _positive(prediction.predictions))},
         processing_class=tokenizer,
     )  # fmt: skip
-    trainer.train(resume_from_checkpoint=_checkpoint(training))
+    _quiet(trainer).train(resume_from_checkpoint=_checkpoint(training))
     _keep_better(trainer.model, before, examples["validation"], tokenizer)
     labels, scores = (
         np.asarray(examples["validation"]["labels"]),
@@ -283,9 +283,17 @@ def embed(model, examples: datasets.Dataset, tokenizer) -> np.ndarray:
     return _forward(model.base_model, examples, tokenizer, lambda outputs: outputs.pooler_output)
 
 
-def replace_arguments(training: TrainingArguments, **changes: Any) -> TrainingArguments:
-    """A copy with other values; the command's own choices win over what the user leaves at its default."""
-    return replace(training, **changes)
+def _arguments(training: TrainingArguments, **changes: Any) -> TrainingArguments:
+    """A copy with what a run of ours needs; pinned memory only where there is a device to copy to."""
+    return replace(training, dataloader_pin_memory=torch.cuda.is_available(), **changes)
+
+
+def _quiet(trainer: Trainer) -> Trainer:
+    """Under `logging_strategy="no"` the loop prints nothing at all."""
+    if trainer.args.logging_strategy == "no":
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
+    return trainer
 
 
 def _forward(model, examples, tokenizer, read) -> np.ndarray:
