@@ -133,6 +133,11 @@ def test_the_penalty_is_chosen_on_validation():
     assert not np.allclose(informed, misled)
 
 
+def test_the_seed_reaches_lightgbm(splits):
+    one, other = (lightgbm_counts(*splits, vocab_size=VOCAB, seed=seed).test for seed in (1, 2))
+    assert not np.array_equal(one, other)
+
+
 def test_prevalence_is_that_of_the_training_split_and_empty_embeddings_know_nothing(splits):
     train, _, test = splits
     rate = train["labels"].to_numpy().mean()
