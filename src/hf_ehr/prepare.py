@@ -304,8 +304,11 @@ def _write_extract(engine: Engine, extract: Any, folder: Path, shards: int) -> N
         engine.con.to_parquet(events, folder / "events", partition_by="shard")
     else:
         engine.con.to_parquet(events, folder / "events", partitionBy="shard")
-    for number, rejected in enumerate(extract.rejected):
-        write_parquet(rejected.to_pyarrow().cast(REJECTED_SCHEMA), folder / f"rejected-{number}.parquet")
+    if extract.rejected:
+        import ibis
+
+        rejected = extract.rejected[0] if len(extract.rejected) == 1 else ibis.union(*extract.rejected)
+        write_parquet(rejected.to_pyarrow().cast(REJECTED_SCHEMA), folder / "rejected.parquet")
 
 
 def _write_labels(engine: Engine, source: Source, staging: Path) -> None:
@@ -463,7 +466,7 @@ def _collect_rejected(staging: Path, extracts: list[str], output: Path) -> dict[
     counts: Counter[str] = Counter()
     with atomic_path(output / "rejected.parquet") as path, pq.ParquetWriter(path, REJECTED_SCHEMA) as writer:
         for extract in extracts:
-            for part in sorted((staging / f"extract-{extract}").glob("rejected-*.parquet")):
+            for part in sorted((staging / f"extract-{extract}").glob("rejected.parquet")):
                 table = pq.read_table(part).sort_by([(name, "ascending") for name in REJECTED_SCHEMA.names])
                 writer.write_table(table)
                 for pair in pc.value_counts(pc.binary_join_element_wise(table["file"], table["reason"], ": ")):

@@ -34,6 +34,7 @@ _TIMESTAMP = (
     r"^[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}([ T][0-9]{1,2}:[0-9]{2}(:[0-9]{2}([.][0-9]+)?)?(Z|[+-][0-9]{2}(:[0-9]{2})?)?)?$"
 )
 _TEXT = "_text_"
+_CLOCK = r"^[0-9]+-[0-9]+-[0-9]+([ T][0-9:.]+)?"
 _COMPACT_DATE = r"^[0-9]{8}$"
 
 
@@ -43,7 +44,8 @@ class Column:
 
     Attributes:
         type: Integers may carry a zero fraction (``12.0``); timestamps and dates are ISO 8601, with or without
-            separators (``2020-01-31``, ``20200131``, ``2020-01-31 10:00:00``), a zone is converted to UTC.
+            separators (``2020-01-31``, ``20200131``, ``2020-01-31 10:00:00``); a zone in a text is dropped, the
+            times are those of the data's own clock.
         required: A row where it is null is rejected.
         optional: The file may lack the column, which then reads as nulls.
     """
@@ -476,5 +478,6 @@ def _parse(raw: ir.Column, dtype: ColumnType, null_values: tuple[str, ...]) -> t
     if dtype == "float64":
         return text, ibis.ifelse(text.re_search(_FLOAT), text, ibis.null("string")).try_cast("float64")
     dashed = text.substr(0, 4) + "-" + text.substr(4, 2) + "-" + text.substr(6, 2)
-    iso = ibis.cases((text.re_search(_COMPACT_DATE), dashed), (text.re_search(_TIMESTAMP), text))
+    clock = text.re_extract(_CLOCK, 0)
+    iso = ibis.cases((text.re_search(_COMPACT_DATE), dashed), (text.re_search(_TIMESTAMP), clock))
     return text, iso.try_cast("timestamp").cast(dtype)

@@ -1,0 +1,229 @@
+"""MIMIC-III and MIMIC-IV → EVENTS: a hand-made hospital, its bad rows, and the counts of the demos."""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import datetime
+
+import ibis
+import pytest
+
+from hf_ehr.schema import EhrDataError, validate_events
+from hf_ehr.sources.engine import Engine, Source
+from hf_ehr.sources.mimic3 import mimic3
+from hf_ehr.sources.mimic4 import mimic4
+
+from .tables import MIMIC3, MIMIC4, write_tables
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine.connect(threads=2)
+
+
+def events_of(source: Source, name: str | None = None) -> list[dict]:
+    extracts = [extract for extract in source.extracts if name in (None, extract.name)]
+    assert extracts
+    return [row for extract in extracts for row in validate_events(extract.events.to_pyarrow()).to_pylist()]
+
+
+def rejected_of(source: Source) -> list[tuple]:
+    found = ibis.union(*[table for extract in source.extracts for table in extract.rejected]).to_pyarrow()
+    return sorted((tuple(row.values()) for row in found.to_pylist()), key=str)
+
+
+def named(rows: list[dict], **fields) -> list[dict]:
+    return [row for row in rows if all(row[name] == value for name, value in fields.items())]
+
+
+@pytest.fixture(scope="module")
+def hospital(engine, tmp_path_factory) -> Source:
+    return mimic3(engine, write_tables(tmp_path_factory.mktemp("mimic3"), MIMIC3), measurements=True)
+
+
+def test_every_bad_row_of_the_hospital_is_rejected_with_its_reason(hospital):
+    orphan = "names an admission of this patient that is missing or was rejected"
+    assert rejected_of(hospital) == sorted(
+        [
+            ("ADMISSIONS.csv", 4, "admittime,dischtime", "2150-02-02 10:00:00,2150-02-01 10:00:00",
+             "negative stay: `dischtime` is before `admittime`"),
+            ("ADMISSIONS.csv", 5, "hadm_id", "11", "repeats the key (hadm_id) of another row"),
+            ("CHARTEVENTS.csv", 2, "error", "1", "marked as error"),
+            ("DIAGNOSES_ICD.csv", 10, "hadm_id,seq_num,icd9_code", "20,1,25000",
+             "repeats the key (hadm_id, seq_num, icd9_code) of another row"),
+            ("DIAGNOSES_ICD.csv", 5, "icd9_code", None, "`icd9_code` is missing"),
+            ("DIAGNOSES_ICD.csv", 6, "icd9_code", "NOCODE", "no ICD9CM code"),
+            ("DIAGNOSES_ICD.csv", 7, "hadm_id", "30", orphan),
+            ("DIAGNOSES_ICD.csv", 8, "hadm_id", "10", orphan),
+            ("ICUSTAYS.csv", 2, "intime,outtime", "2160-02-02 00:00:00,2160-02-01 00:00:00",
+             "negative stay: `outtime` is before `intime`"),
+            ("NOTEEVENTS.csv", 3, "iserror", "1", "marked as error"),
+            ("PATIENTS.csv", 4, "gender", "X", "unknown `gender`: must be F or M"),
+            ("PATIENTS.csv", 5, "dob", "not a date", "`dob` is no readable timestamp"),
+            ("PRESCRIPTIONS.csv", 3, "startdate", None, "`startdate` is missing"),
+            ("PRESCRIPTIONS.csv", 4, "ndc,drug", "0,", "neither `ndc` nor `drug` names a medication"),
+        ],
+        key=str,
+    )  # fmt: skip
+
+
+def test_every_input_row_is_an_event_or_a_rejected_row(hospital):
+    rejected = Counter(row[0] for row in rejected_of(hospital))
+    for table in ("DIAGNOSES_ICD", "PROCEDURES_ICD", "PRESCRIPTIONS", "NOTEEVENTS", "LABEVENTS", "CHARTEVENTS"):
+        rows = 3 if table == "NOTEEVENTS" else MIMIC3[table].count("\n") - 1
+        assert len(events_of(hospital, table.lower())) + rejected[f"{table}.csv"] == rows
+
+
+def test_diagnoses_are_dotted_ordered_and_known_only_after_discharge(hospital, engine, tmp_path):
+    rows = named(events_of(hospital, "diagnoses_icd"), visit_id=11)
+    assert sorted((row["position"], row["code"]) for row in rows) == [
+        (1, "ICD9CM/E850.0"), (2, "ICD9CM/428.0"), (3, "ICD9CM/V49.83"),
+    ]  # fmt: skip
+    assert {(row["time"], row["available_at"]) for row in rows} == {(datetime(2150, 1, 15, 12),) * 2}
+    (short,) = named(events_of(hospital, "diagnoses_icd"), visit_id=10)
+    assert short["code"] == "ICD9CM/401"
+    (procedure,) = events_of(hospital, "procedures_icd")
+    assert (procedure["code"], procedure["available_at"]) == ("ICD9Proc/39.95", datetime(2150, 1, 15, 12))
+    lagged = mimic3(engine, write_tables(tmp_path, MIMIC3), billing_lag_days=1.5)
+    (procedure,) = events_of(lagged, "procedures_icd")
+    assert procedure["available_at"] == datetime(2150, 1, 17)
+
+
+def test_admissions_say_kind_plan_and_disposition(hospital):
+    rows = events_of(hospital, "admissions")
+    planned = {row["visit_id"]: row["numeric_value"] for row in named(rows, kind="admission")}
+    assert planned == {10: 0.0, 11: 1.0, 20: 0.0}
+    assert {row["code"] for row in named(rows, kind="admission")} == {"Visit/inpatient"}
+    codes = {row["visit_id"]: (row["code"], row["text_value"]) for row in named(rows, kind="discharge")}
+    assert codes == {
+        10: ("Discharge/facility", "SNF"), 11: ("Discharge/home", "HOME"), 20: ("Discharge/died", "DEAD/EXPIRED"),
+    }  # fmt: skip
+
+
+def test_demographics_are_those_of_the_first_admission(hospital):
+    statics = {row["code"] for row in named(events_of(hospital, "admissions"), kind="static", subject_id=1)}
+    assert statics == {"Insurance/Medicare", "MaritalStatus/SINGLE"}  # language and race were unknown then
+
+
+def test_births_and_deaths(hospital):
+    rows = events_of(hospital, "patients")
+    birth = {row["subject_id"]: row["time"] for row in named(rows, kind="birth")}
+    first = datetime(2160, 2, 1, 10)
+    assert birth[1] == datetime(2100, 3, 1)
+    assert abs((first - birth[2]).days - 91 * 365.25) < 1  # 300 years in the file: hidden age
+    death = {row["subject_id"]: row["time"] for row in named(rows, kind="death")}
+    assert death == {2: datetime(2160, 2, 9, 9, 30), 3: datetime(2150, 5, 5, 23, 59, 59)}
+    assert {(row["subject_id"], row["code"]) for row in named(rows, kind="static")} == {
+        (1, "Sex/F"), (2, "Sex/M"), (3, "Sex/M"),
+    }  # fmt: skip
+
+
+def test_medications_are_ndc_or_a_normalised_name_known_at_the_end_of_the_day(hospital):
+    rows = sorted((row["time"], row["code"], row["available_at"]) for row in events_of(hospital, "prescriptions"))
+    assert rows == [
+        (datetime(2150, 1, 11), "DRUG/INSULIN_HUMAN", datetime(2150, 1, 11, 23, 59, 59)),
+        (datetime(2150, 1, 12), "NDC/00536338101", datetime(2150, 1, 12, 23, 59, 59)),
+    ]
+
+
+def test_stays_notes_and_measurements(hospital):
+    stays = [(row["kind"], row["stay_id"], row["text_value"]) for row in events_of(hospital, "icustays")]
+    assert sorted(stays) == [("admission", 7, "MICU"), ("admission", 9, "CCU"), ("discharge", 7, "SICU")]
+    summary, nursing = sorted(events_of(hospital, "noteevents"), key=lambda row: row["code"])
+    assert (summary["code"], summary["time"]) == ("Note/Discharge summary", datetime(2150, 1, 15, 23, 59, 59))
+    assert summary["text_value"] == 'Sent home, "well".\nSecond line'
+    assert (nursing["time"], nursing["available_at"]) == (datetime(2150, 1, 11, 10), datetime(2150, 1, 11, 12))
+    (chart,) = events_of(hospital, "chartevents")
+    assert (chart["stay_id"], chart["code"], chart["numeric_value"]) == (7, "MIMIC_ITEM/211", 80.0)
+    labs = sorted(events_of(hospital, "labevents"), key=lambda row: row["code"])
+    assert [(row["visit_id"], row["numeric_value"], row["text_value"]) for row in labs] == [
+        (None, 19.0, None), (11, None, "POS"),
+    ]  # fmt: skip
+
+
+def test_measurements_are_read_on_demand_only(engine, tmp_path):
+    source = mimic3(engine, write_tables(tmp_path, MIMIC3))
+    assert {"labevents", "chartevents"}.isdisjoint(extract.name for extract in source.extracts)
+
+
+def test_missing_tables_are_an_error_or_a_warning(engine, tmp_path):
+    with pytest.raises(EhrDataError, match="`DIAGNOSES_ICD` is missing"):
+        mimic3(engine, write_tables(tmp_path / "a", MIMIC3, DIAGNOSES_ICD=None))
+    folder = write_tables(tmp_path / "b", MIMIC3, PRESCRIPTIONS=None, NOTEEVENTS=MIMIC3["NOTEEVENTS"].split("\n")[0])
+    source = mimic3(engine, folder)
+    assert source.warnings == ["PRESCRIPTIONS is not there: no medications.", "NOTEEVENTS is empty: no notes."]
+
+
+@pytest.mark.parametrize(
+    ("table", "text", "message"),
+    [
+        ("PATIENTS", "SUBJECT_ID,GENDER,DOB\n1,F,2100-01-01\n", "PATIENTS.csv lacks the column `dod`"),
+        ("ADMISSIONS", MIMIC3["ADMISSIONS"].split("\n")[0] + "\n", "ADMISSIONS.csv has no rows"),
+    ],
+)
+def test_a_missing_column_and_an_empty_table_stop_with_their_names(engine, tmp_path, table, text, message):
+    with pytest.raises(EhrDataError, match=message):
+        mimic3(engine, write_tables(tmp_path, MIMIC3, **{table: text}))
+
+
+def test_a_repeated_dimension_row_multiplies_nothing(engine, tmp_path):
+    doubled = MIMIC3["ADMISSIONS"] + "".join(f"{line}\n" for line in MIMIC3["ADMISSIONS"].split("\n")[1:-1])
+    plain = mimic3(engine, write_tables(tmp_path / "a", MIMIC3))
+    twice = mimic3(engine, write_tables(tmp_path / "b", MIMIC3, ADMISSIONS=doubled))
+    for name in ("diagnoses_icd", "prescriptions", "admissions", "icustays"):
+        assert sorted(map(str, events_of(twice, name))) == sorted(map(str, events_of(plain, name)))
+
+
+def test_the_hospital_of_mimic_iv(engine, tmp_path):
+    source = mimic4(engine, write_tables(tmp_path, MIMIC4))
+    rows = events_of(source)
+    visits = {row["visit_id"]: (row["code"], row["numeric_value"]) for row in named(rows, kind="admission")}
+    assert visits == {10: ("Visit/emergency", 0.0), 11: ("Visit/outpatient", None), 20: ("Visit/inpatient", 1.0)}
+    ends = {row["visit_id"]: row["code"] for row in named(rows, kind="discharge")}
+    assert ends == {10: "Discharge/unknown", 11: "Discharge/home", 20: "Discharge/hospice"}
+    assert sorted(row["code"] for row in named(rows, kind="diagnosis")) == [
+        "ICD10CM/E11.9", "ICD10CM/I10", "ICD9CM/428.0",
+    ]  # fmt: skip
+    procedures = {row["code"]: (row["time"], row["available_at"]) for row in named(rows, kind="procedure")}
+    assert procedures == {
+        "ICD9Proc/54.91": (datetime(2160, 2, 3), datetime(2160, 2, 9, 9, 30)),
+        "ICD10PCS/06CN3ZZ": (datetime(2160, 2, 4), datetime(2160, 2, 9, 9, 30)),
+    }
+    (drug,) = named(rows, kind="medication")
+    assert (drug["code"], drug["available_at"]) == ("DRUG/LORAZEPAM", datetime(2160, 2, 3, 14))
+    births = {row["subject_id"]: row["time"] for row in named(rows, kind="birth")}
+    assert births == {1: datetime(2090, 1, 1), 2: datetime(2069, 1, 1)}
+    assert [row[2:] for row in rejected_of(source)] == [
+        ("icd_version", "11", "unknown code system: `icd_version` must be one of 9, 10")
+    ]
+    assert "icustays is not there: no ICU stays." in source.warnings
+    assert source.time_axis == "shifted"
+
+
+def test_the_counts_of_the_mimic_iii_demo(engine, real_data):
+    source = mimic3(engine, real_data("mimic3_demo"))
+    counts = {extract.name: Counter(row["kind"] for row in events_of(source, extract.name))
+              for extract in source.extracts}  # fmt: skip
+    assert rejected_of(source) == []
+    assert len({row["subject_id"] for row in events_of(source, "patients")}) == 100
+    assert counts["admissions"]["admission"] == counts["admissions"]["discharge"] == 129
+    assert counts["diagnoses_icd"] == {"diagnosis": 1761}
+    assert counts["icustays"] == {"admission": 136, "discharge": 136}
+    assert counts["prescriptions"] == {"medication": 10_398}
+    assert len(named(events_of(source, "admissions"), code="Discharge/died")) == 40
+    assert len({row["code"] for row in events_of(source, "diagnoses_icd")}) == 581
+    assert source.warnings == ["NOTEEVENTS is empty: no notes."]
+    ndc = [row for row in events_of(source, "prescriptions") if row["code"].startswith("NDC/")]
+    assert len(ndc) / 10_398 == pytest.approx(0.86, abs=0.005)
+
+
+def test_the_counts_of_the_mimic_iv_demo(engine, real_data):
+    source = mimic4(engine, real_data("mimic4_demo"))
+    assert rejected_of(source) == []
+    assert len(named(events_of(source, "admissions"), kind="admission")) == 275
+    assert len(named(events_of(source, "admissions"), code="Discharge/died")) == 15
+    vocabularies = Counter(row["code"].split("/")[0] for row in events_of(source, "diagnoses_icd"))
+    assert vocabularies == {"ICD9CM": 2193, "ICD10CM": 2313}
+    assert len(named(events_of(source, "icustays"), kind="admission")) == 140
+    assert len(events_of(source, "prescriptions")) == 18_087
+    assert "labevents is not there: no laboratory measurements." in source.warnings
