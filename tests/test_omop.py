@@ -52,6 +52,11 @@ CONCEPT = """concept_id\tconcept_name\tdomain_id\tvocabulary_id\tconcept_class_i
 """
 
 
+@pytest.fixture(scope="module")
+def engine():
+    return Engine.connect()
+
+
 @pytest.fixture
 def tables(tmp_path):
     """Writes tables as CSV files and gives the folder back."""
@@ -86,9 +91,9 @@ def codes_by_id(source: Source) -> list[tuple]:
     return sorted((row["subject_id"], row["visit_id"] or 0, row["position"], row["code"]) for row in rows)
 
 
-def test_source_codes_come_before_standard_concepts_and_standard_concepts_before_concept_ids(tables):
+def test_source_codes_come_before_standard_concepts_and_standard_concepts_before_concept_ids(engine, tables):
     folder = tables(person=PERSON, visit_occurrence=VISIT, condition_occurrence=CONDITION, concept=CONCEPT)
-    source = omop(Engine.connect(), folder, source_vocabulary="ICD9CM")
+    source = omop(engine, folder, source_vocabulary="ICD9CM")
     assert codes_by_id(source) == [
         (1, 10, 1, "ICD9CM/428.0"),  # type 38000200 is the first position, 38000201 the second
         (1, 10, 2, "ICD9CM/250.00"),  # its source concept says so
@@ -99,16 +104,16 @@ def test_source_codes_come_before_standard_concepts_and_standard_concepts_before
     ]
 
 
-def test_without_a_concept_table_and_a_source_vocabulary_codes_are_concept_ids(tables):
+def test_without_a_concept_table_and_a_source_vocabulary_codes_are_concept_ids(engine, tables):
     folder = tables(person=PERSON, visit_occurrence=VISIT, condition_occurrence=CONDITION)
-    source = omop(Engine.connect(), folder)
+    source = omop(engine, folder)
     assert [row[3] for row in codes_by_id(source)][:3] == ["OMOP/316139", "OMOP/201826", "Source/local_7"]
     assert any("`concept` is missing" in warning for warning in source.warnings)
 
 
-def test_every_row_is_an_event_or_rejected_with_its_reason(tables):
+def test_every_row_is_an_event_or_rejected_with_its_reason(engine, tables):
     folder = tables(person=PERSON, visit_occurrence=VISIT, condition_occurrence=CONDITION, concept=CONCEPT)
-    source = omop(Engine.connect(), folder)
+    source = omop(engine, folder)
     visits, conditions = "visit_occurrence.csv", "condition_occurrence.csv"
     unborn = "is no date of birth: the person is kept without one"
     assert reasons_of(source) == {
@@ -127,13 +132,13 @@ def test_every_row_is_an_event_or_rejected_with_its_reason(tables):
     assert len(events_of(source, "condition_occurrence")) == 11 - 5
 
 
-def test_diagnoses_are_known_at_the_end_of_their_visit_plus_the_lag_and_drugs_from_their_start(tables):
+def test_diagnoses_are_known_at_the_end_of_their_visit_plus_the_lag_and_drugs_from_their_start(engine, tables):
     drugs = (
         "drug_exposure_id,person_id,drug_concept_id,drug_exposure_start_date,visit_occurrence_id\n"
         "1,1,1503297,2020-01-02,10\n"
     )
     folder = tables(person=PERSON, visit_occurrence=VISIT, condition_occurrence=CONDITION, drug_exposure=drugs)
-    source = omop(Engine.connect(), folder, billing_lag_days=1.5)
+    source = omop(engine, folder, billing_lag_days=1.5)
     known = {
         (row["subject_id"], row["visit_id"]): row["available_at"] for row in events_of(source, "condition_occurrence")
     }
@@ -142,10 +147,10 @@ def test_diagnoses_are_known_at_the_end_of_their_visit_plus_the_lag_and_drugs_fr
     assert events_of(source, "drug_exposure")[0]["available_at"] == datetime(2020, 1, 2)
 
 
-def test_visits_have_kind_disposition_and_an_end_that_is_not_before_their_start(tables):
+def test_visits_have_kind_disposition_and_an_end_that_is_not_before_their_start(engine, tables):
     death = "person_id,death_date\n2,2020-03-04\n"
     folder = tables(person=PERSON, visit_occurrence=VISIT, condition_occurrence=CONDITION, death=death)
-    source = omop(Engine.connect(), folder)
+    source = omop(engine, folder)
     rows = {(row["visit_id"], row["kind"]): row for row in events_of(source, "visit_occurrence")}
     assert {key: row["code"] for key, row in rows.items()} == {
         (10, "admission"): "Visit/inpatient",
@@ -162,9 +167,9 @@ def test_visits_have_kind_disposition_and_an_end_that_is_not_before_their_start(
     assert next(row["time"] for row in events_of(source, "death")) == datetime(2020, 3, 4, 23, 59, 59)
 
 
-def test_persons_have_birth_sex_race_and_ethnicity(tables):
+def test_persons_have_birth_sex_race_and_ethnicity(engine, tables):
     folder = tables(person=PERSON, condition_occurrence=CONDITION)
-    records = assemble(omop(Engine.connect(), folder).extracts[0].events.to_pyarrow()).to_pylist()
+    records = assemble(omop(engine, folder).extracts[0].events.to_pyarrow()).to_pylist()
     assert [(row["sex"], row["race"], row["ethnicity"], row["birth_time"]) for row in records] == [
         ("M", "White", "Not_Hispanic", datetime(1950, 3, 4)),
         ("F", "Mixed_race", None, datetime(1960, 7, 1)),
@@ -173,7 +178,7 @@ def test_persons_have_birth_sex_race_and_ethnicity(tables):
     ]
 
 
-def test_measurements_and_notes_keep_value_text_and_class(tables):
+def test_measurements_and_notes_keep_value_text_and_class(engine, tables):
     measurement = (
         "measurement_id,person_id,measurement_concept_id,measurement_date,measurement_datetime,value_as_number\n"
         "1,1,3004249,2020-01-02,2020-01-02 08:00:00,120.5\n1,1,3004249,2020-01-02,2020-01-02 09:00:00,\n"
@@ -190,7 +195,7 @@ def test_measurements_and_notes_keep_value_text_and_class(tables):
         measurement=measurement,
         note=note,
     )
-    source = omop(Engine.connect(), folder)
+    source = omop(engine, folder)
     values = sorted((row["time"].hour, row["numeric_value"]) for row in events_of(source, "measurement"))
     assert values == [(8, 120.5), (9, None)]
     assert {(row["code"], row["text_value"]) for row in events_of(source, "note")} == {
@@ -200,48 +205,48 @@ def test_measurements_and_notes_keep_value_text_and_class(tables):
     assert reasons_of(source)["note.csv", "note_text", "`note_text` is missing"] == 1
 
 
-def test_eras_are_used_only_where_the_occurrences_are_missing(tables):
+def test_eras_are_used_only_where_the_occurrences_are_missing(engine, tables):
     era = "condition_era_id,person_id,condition_concept_id,condition_era_start_date\n1,1,5,2020-01-01\n"
     folder = tables(person=PERSON, condition_era=era)
-    source = omop(Engine.connect(), folder)
+    source = omop(engine, folder)
     assert [row["code"] for row in events_of(source, "condition_era")] == ["OMOP/5"]
     assert any("`condition_era` is used" in warning for warning in source.warnings)
     tables(condition_occurrence=CONDITION)
-    assert "condition_era" not in [extract.name for extract in omop(Engine.connect(), folder).extracts]
+    assert "condition_era" not in [extract.name for extract in omop(engine, folder).extracts]
 
 
 @pytest.mark.parametrize("width", [14, 16])
-def test_files_without_a_header_are_read_in_the_order_of_their_version(tables, tmp_path, width):
+def test_files_without_a_header_are_read_in_the_order_of_their_version(engine, tables, tmp_path, width):
     end = [""] * (width - 14)
     row = ["1", "1", "4", "2020-01-02", "2020-01-02 10:00:00", *end, "5", "6", "7", "8", "10", "9", "3995", "11", "x"]
     (tmp_path / "procedure_occurrence.tsv").write_text("\t".join(row) + "\n")
     folder = tables(person=PERSON, visit_occurrence=VISIT)
-    source = omop(Engine.connect(), folder, source_vocabulary={"procedure_occurrence": "ICD9Proc"})
+    source = omop(engine, folder, source_vocabulary={"procedure_occurrence": "ICD9Proc"})
     (event,) = events_of(source, "procedure_occurrence")
     assert (event["code"], event["visit_id"], event["time"]) == ("ICD9Proc/39.95", 10, datetime(2020, 1, 2, 10))
 
 
-def test_errors_name_the_file_the_column_and_the_next_step(tables, tmp_path):
+def test_errors_name_the_file_the_column_and_the_next_step(engine, tables, tmp_path):
     with pytest.raises(EhrDataError, match=r"no table of codes.*condition_occurrence"):
-        omop(Engine.connect(), tables(person=PERSON))
+        omop(engine, tables(person=PERSON))
     with pytest.raises(EhrDataError, match=r"condition_occurrence.csv lacks the column `condition_concept_id`"):
         omop(
-            Engine.connect(),
+            engine,
             tables(condition_occurrence="condition_occurrence_id,person_id,condition_start_date\n1,1,2\n"),
         )
     with pytest.raises(EhrDataError, match=r"condition_occurrence.csv has no rows"):
-        omop(Engine.connect(), tables(condition_occurrence=CONDITION.splitlines()[0] + "\n"))
+        omop(engine, tables(condition_occurrence=CONDITION.splitlines()[0] + "\n"))
     with pytest.raises(EhrDataError, match=r"no header and 3 columns; `condition_occurrence` .* has 16"):
-        omop(Engine.connect(), tables(condition_occurrence="1,2,3\n"))
+        omop(engine, tables(condition_occurrence="1,2,3\n"))
     with pytest.raises(ValueError, match=r"`source_vocabulary` must name tables among .* got 'person'"):
-        omop(Engine.connect(), tmp_path, source_vocabulary={"person": "ICD9CM"})
+        omop(engine, tmp_path, source_vocabulary={"person": "ICD9CM"})
     (tmp_path / "person.csv").unlink()
     with pytest.raises(EhrDataError, match="Table `person` is missing"):
-        omop(Engine.connect(), tables(condition_occurrence=CONDITION))
+        omop(engine, tables(condition_occurrence=CONDITION))
 
 
-def test_the_synpuf_sample_converts_whole(real_data):
-    source = omop(Engine.connect(), real_data("synpuf1k_omop"))
+def test_the_synpuf_sample_converts_whole(engine, real_data):
+    source = omop(engine, real_data("synpuf1k_omop"))
     conditions = events_of(source, "condition_era")
     unmapped = [row for row in rejected_of(source) if row["file"].startswith("condition_era")]
     assert len(conditions) + len(unmapped) == 99_855
