@@ -255,9 +255,9 @@ def _stage(
     from hf_ehr.sources.engine import Engine
 
     function = source_function(source) if isinstance(source, str) else source
-    spill = staging / "spill"
-    spill.mkdir(parents=True, exist_ok=True)
-    connection = Engine.connect(engine, temp_directory=spill)
+    tables = staging / "tables"
+    tables.mkdir(parents=True, exist_ok=True)
+    connection = Engine.connect(engine, temp_directory=tables)
     try:
         described = function(connection, Path(job["input_dir"]), **job["options"])
         names = [extract.name for extract in described.extracts]
@@ -272,7 +272,6 @@ def _stage(
         _write_labels(connection, described, staging)
     finally:
         connection.con.disconnect()
-        shutil.rmtree(spill, ignore_errors=True)
     result = {"time_axis": described.time_axis, "warnings": described.warnings, "extracts": names}
     _write_json(done, result)
     return result
