@@ -10,7 +10,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("HF_HOME", tempfile.mkdtemp(prefix="hf_ehr-tests-"))
 
-import pytest  # noqa: E402 - the environment comes first
+import pytest
 
 
 @pytest.fixture(scope="session")

@@ -28,12 +28,7 @@ from .visualization import calibration_plot
 REFERENCE = "Med-BERT"
 UNTRAINED = "Untrained Med-BERT"
 PPMI = "PPMI-SVD + LR"
-RIVALS = {
-    "Prevalence": baselines.prevalence,
-    "Age + sex LR": baselines.age_sex_lr,
-    "Bag-of-codes LR": baselines.bag_of_codes_lr,
-    "LightGBM on counts": baselines.lightgbm_counts,
-}
+RIVALS = ("Prevalence", "Age + sex LR", "Index-leak LR", "Bag-of-codes LR", "LightGBM on counts")
 
 
 CARD = """---
@@ -150,8 +145,8 @@ def compare(
     thresholds = {name: best_f1_threshold(held, p.validation) for name, p in predictions.items()}
     truth = OneShotTest(np.asarray(parts["test"]["labels"])).read()
     patients = np.asarray(parts["test"]["subject_id"])
-    scores = {name: p.test for name, p in predictions.items()}
-    return Comparison(scores, thresholds, truth, patients, len(parts["train"]))
+    test = {name: p.test for name, p in predictions.items()}
+    return Comparison(test, thresholds, truth, patients, len(parts["train"]))
 
 
 def write_results(comparison: Comparison, output: Path, title: str, notes: list[str]) -> Path:
@@ -183,7 +178,7 @@ def _rivals(data, parts, splits, tokenizer, seed: int) -> dict[str, Any]:
     """Row → validation and test probabilities of the baselines."""
     examples = [parts[name] for name in ("train", "validation", "test")]
     size = len(tokenizer)
-    rows = {name: fit(*examples, vocab_size=size, seed=seed) for name, fit in RIVALS.items()}
+    rows = {name: baselines.BASELINES[name](*examples, vocab_size=size, seed=seed) for name in RIVALS}
     unlabelled = build_examples(
         data.data, tokenizer, subject_ids=splits["train"], max_length=data.max_length, kinds=tuple(tokenizer.kinds)
     )
@@ -192,5 +187,5 @@ def _rivals(data, parts, splits, tokenizer, seed: int) -> dict[str, Any]:
     return rows
 
 
-def _from_dict(kind, content: dict):
+def _from_dict(kind: Any, content: dict) -> Any:
     return kind(**{item.name: content[item.name] for item in fields(kind) if item.name in content})

@@ -10,6 +10,7 @@ import logging
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pyarrow.compute as pc
@@ -20,7 +21,7 @@ from . import training
 from .evaluation import Comparison, compare, write_card, write_results
 from .intervals import patient_bootstrap
 from .metrics import auroc
-from .prepare import format_summary, prepare
+from .prepare import SourceName, format_summary, prepare
 from .schema import EhrDataError, shard_paths
 from .training import DataArguments, FinetuneArguments, PretrainArguments
 from .visualization import calibration_plot, label_efficiency_curve
@@ -93,7 +94,7 @@ def _prepared(arguments: QuickstartArguments, folder: Path) -> DataArguments:
         options = {"world": "C", "patients": arguments.patients} | options
     elif arguments.input is None:
         raise EhrDataError(f"`input` must name the folder of the {arguments.source} tables. Add --input DIR.")
-    _say(format_summary(prepare(arguments.source, arguments.input, folder, options=options)))
+    _say(format_summary(prepare(cast(SourceName, arguments.source), arguments.input, folder, options=options)))
     return DataArguments(data=str(folder))
 
 

@@ -30,8 +30,8 @@ from .models.configuration_medbert import MedBertConfig
 from .models.modeling_medbert import MedBertForPreTraining, MedBertForSequenceClassification
 from .models.tokenization_ehr import EhrCodeTokenizer
 from .samplers import FlatExamples, PackedDataset
-from .schema import DatasetInfo, EhrDataError, atomic_path, shard_paths
-from .tasks import SplitManifest, fingerprint, label_dataset, read_labels
+from .schema import DatasetInfo, atomic_path, shard_paths
+from .tasks import SplitManifest, label_dataset, read_labels
 from .tasks.audit import check_fitted_on
 from .vocabulary import fit_tokenizer
 
@@ -121,7 +121,7 @@ def pretrain(data: DataArguments, options: PretrainArguments, training: Training
     examples = {
         name: build_examples(
             data.data, tokenizer, subject_ids=splits[name], max_length=data.max_length,
-            min_unique_codes=options.min_unique_codes, cache_dir=Path(training.output_dir) / "examples" / name,
+            min_unique_codes=options.min_unique_codes, cache_dir=_output(training) / "examples" / name,
         )
         for name in ("train", "validation")
     }  # fmt: skip
@@ -138,11 +138,11 @@ def pretrain(data: DataArguments, options: PretrainArguments, training: Training
         processing_class=tokenizer,
     )
     trainer.train(resume_from_checkpoint=_checkpoint(training))
-    figures = held_out(trainer.model, examples["validation"], examples["train"], tokenizer)
+    figures = held_out(model, examples["validation"], examples["train"], tokenizer)
     if trainer.is_world_process_zero():
         trainer.save_model(training.output_dir)
-        data.manifest(splits).save(Path(training.output_dir) / SPLITS_FILE)
-        _write_json(Path(training.output_dir) / "pretraining.json", {"held_out": figures, **asdict(options)})
+        data.manifest(splits).save(_output(training) / SPLITS_FILE)
+        _write_json(_output(training) / "pretraining.json", {"held_out": figures, **asdict(options)})
     return figures
 
 
@@ -187,12 +187,12 @@ def finetune(data: DataArguments, options: FinetuneArguments, training: Training
         LeakageError: A patient held out here was seen in pre-training, or the tokenizer saw other patients.
     """
     splits = data.splits()
-    output = Path(training.output_dir)
+    output = _output(training)
     tokenizer = EhrCodeTokenizer.from_pretrained(options.model)
     check_earlier_stage(options.model, data.manifest(splits))
     names = ("train", "validation")
     examples = {name: examples_of(data, options, tokenizer, splits, name, output / "examples") for name in names}
-    model = _classifier(options, training.seed)
+    model = new_classifier(options, training.seed)
     if options.linear_probe:
         start_from_probe(model, examples["train"], examples["validation"], tokenizer)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -207,14 +207,14 @@ def finetune(data: DataArguments, options: FinetuneArguments, training: Training
         processing_class=tokenizer,
     )  # fmt: skip
     _quiet(trainer).train(resume_from_checkpoint=_checkpoint(training))
-    _keep_better(trainer.model, before, examples["validation"], tokenizer)
+    _keep_better(model, before, examples["validation"], tokenizer)
     labels, scores = (
         np.asarray(examples["validation"]["labels"]),
         predict(trainer.model, examples["validation"], tokenizer),
     )
-    trainer.model.config.thresholds = {trainer.model.config.id2label[1]: float(best_f1_threshold(labels, scores))}
+    model.config.thresholds = {options.task: float(best_f1_threshold(labels, scores))}
     if trainer.is_world_process_zero():
-        trainer.save_model(output)
+        trainer.save_model(str(output))
         data.manifest(splits).save(output / SPLITS_FILE)
         settings = {name: getattr(training, name) for name in FINETUNE_SETTINGS}
         _write_json(output / FINETUNE_FILE, {"data": asdict(data), "options": asdict(options), "training": settings})
@@ -333,9 +333,10 @@ def _keep_better(model, before: dict, validation, tokenizer) -> None:
         model.load_state_dict(after)
 
 
-def _classifier(options: FinetuneArguments, seed: int) -> MedBertForSequenceClassification:
+def new_classifier(options: FinetuneArguments, seed: int) -> MedBertForSequenceClassification:
+    """A classifier on the weights of `options.model`, or on fresh ones under `untrained`; its head is random."""
     torch.manual_seed(seed)
-    names = {"id2label": {0: "no", 1: options.task}, "label2id": {"no": 0, options.task: 1}}
+    names: dict[str, Any] = {"id2label": {0: "no", 1: options.task}, "label2id": {"no": 0, options.task: 1}}
     if options.untrained:
         config = MedBertConfig.from_pretrained(options.model, **names)
         return MedBertForSequenceClassification(config)
@@ -379,7 +380,11 @@ def _log_unigram(examples: datasets.Dataset, vocab_size: int) -> np.ndarray:
 
 def _checkpoint(training: TrainingArguments) -> str | None:
     """The last checkpoint of an interrupted run in the output folder."""
-    return get_last_checkpoint(training.output_dir) if Path(training.output_dir).is_dir() else None
+    return get_last_checkpoint(training.output_dir) if _output(training).is_dir() else None
+
+
+def _output(training: TrainingArguments) -> Path:
+    return Path(str(training.output_dir))
 
 
 def _write_json(path: Path, content: dict) -> None:
@@ -388,7 +393,7 @@ def _write_json(path: Path, content: dict) -> None:
 
 
 __all__ = [
-    "DataArguments", "EhrDataError", "FinetuneArguments", "PretrainArguments", "check_earlier_stage", "embed",
-    "examples_of", "finetune", "fingerprint", "held_out", "predict", "pretrain", "start_from_probe",
+    "DataArguments", "FinetuneArguments", "PretrainArguments", "check_earlier_stage", "embed",
+    "examples_of", "finetune", "held_out", "new_classifier", "predict", "pretrain", "start_from_probe",
     "start_from_unigram", "task_labels",
 ]  # fmt: skip

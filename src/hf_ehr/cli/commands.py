@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_ehr import evaluation, training
 from hf_ehr import quickstart as quickstart_run
-from hf_ehr.prepare import format_summary
+from hf_ehr.prepare import SourceName, format_summary
 from hf_ehr.prepare import prepare as prepare_data
 from hf_ehr.vocabulary import coverage
 from hf_ehr.vocabulary import fit_tokenizer as fit
@@ -58,8 +58,8 @@ def prepare(words: list[str]) -> None:
     source, words = _positional(words, "SOURCE", example)
     (arguments,) = _parse("prepare SOURCE", example, words, PrepareArguments)
     info = prepare_data(
-        source, arguments.input, arguments.output, engine=arguments.engine, shards=arguments.shards,
-        workers=arguments.workers, options=_json(arguments.options, "options"),
+        cast(SourceName, source), arguments.input, arguments.output, engine=cast(Any, arguments.engine),
+        shards=arguments.shards, workers=arguments.workers, options=_json(arguments.options, "options"),
     )  # fmt: skip
     print(format_summary(info))
     print(f"\nNext: hf-ehr pretrain medbert --data {arguments.output} --output_dir model/")

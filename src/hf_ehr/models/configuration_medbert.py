@@ -1,6 +1,6 @@
 """Configuration of Med-BERT (Rasmy et al., npj Digital Medicine 2021)."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -95,20 +95,25 @@ class MedBertConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @classmethod
-    def base(cls, **overrides) -> "MedBertConfig":
+    def base(cls, **overrides: Any) -> "MedBertConfig":
         """The paper's model: 6 layers × 192, feed-forward 64."""
         return cls(**overrides)
 
     @classmethod
-    def tiny(cls, **overrides) -> "MedBertConfig":
+    def tiny(cls, **overrides: Any) -> "MedBertConfig":
         """2 layers × 64 for tests, examples and the quickstart."""
-        sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+        sizes: dict[str, Any] = {
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 64,
+        }
         return cls(**(sizes | overrides))
 
     @classmethod
-    def code_exact(cls, **overrides) -> "MedBertConfig":
+    def code_exact(cls, **overrides: Any) -> "MedBertConfig":
         """The authors' released code: pooled first token, id 0 for both padding and mask, attention dropout 0.1."""
-        exact = {"pooling": "first", "mask_token_id": 0, "attention_probs_dropout_prob": 0.1}
+        exact: dict[str, Any] = {"pooling": "first", "mask_token_id": 0, "attention_probs_dropout_prob": 0.1}
         return cls(**(exact | overrides))
 
     def validate_heads(self):

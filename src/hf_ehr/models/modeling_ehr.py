@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 try:  # torch >= 2.10 ships variable-length flash attention for CUDA
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:
-    varlen_attn = None
+    varlen_attn = None  # type: ignore[assignment]
 
 
 class PackedSequences(NamedTuple):
@@ -87,7 +87,7 @@ def packed_attention(qkv, packed: PackedSequences, runs, scaling: float, dropout
     if runs is None:
         query, key, value = qkv.unbind(1)
         borders = (packed.cu_seqlens, packed.cu_seqlens, packed.max_seqlen, packed.max_seqlen)
-        return varlen_attn(query, key, value, *borders, scale=scaling)
+        return varlen_attn(query, key, value, *borders, scale=scaling)  # type: ignore[return-value]
     _, _, heads, head_dim = qkv.shape
     outputs = []
     # One split (its backward is one concatenation); slicing would zero a full-size gradient for each run.
@@ -99,9 +99,9 @@ def packed_attention(qkv, packed: PackedSequences, runs, scaling: float, dropout
 
 
 class IdentityStartLinear(nn.Linear):
-    """A projection whose last rows start as the identity times `gain`, if there is one (config `attention_gain`)."""
+    """A projection whose last rows start as the identity times `gain`, unless that is 0 (config `attention_gain`)."""
 
-    gain: float | None = None
+    gain: float = 0.0
 
     def identity_start(self) -> torch.Tensor:
         """The weight with its last rows replaced, (out, in)."""

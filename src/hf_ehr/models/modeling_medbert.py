@@ -83,7 +83,7 @@ class MedBertPreTrainedModel(PreTrainedModel):
     config: MedBertConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("MedBertEmbeddings", "EhrLayer")
+    _no_split_modules = ["MedBertEmbeddings", "EhrLayer"]  # noqa: RUF012 - library's form
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -97,16 +97,19 @@ class MedBertPreTrainedModel(PreTrainedModel):
             # BERT's truncated normal; the library's own default is the untruncated one.
             std = self.config.initializer_range
             init.trunc_normal_(module.weight, mean=0.0, std=std, a=-2 * std, b=2 * std)
-        if isinstance(module, IdentityStartLinear) and module.gain is not None:
+        if isinstance(module, IdentityStartLinear) and module.gain:
             init.copy_(module.weight, module.identity_start())
 
     def get_input_embeddings(self):
         """The code embeddings."""
-        return getattr(self, self.base_model_prefix, self).embeddings.code_embeddings
+        return self._embeddings().code_embeddings
 
     def set_input_embeddings(self, value):
         """Replaces the code embeddings."""
-        getattr(self, self.base_model_prefix, self).embeddings.code_embeddings = value
+        self._embeddings().code_embeddings = value
+
+    def _embeddings(self):
+        return getattr(self, self.base_model_prefix, self).embeddings
 
 
 class MedBertModel(MedBertPreTrainedModel):
@@ -124,10 +127,10 @@ class MedBertModel(MedBertPreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        visit_ids: torch.LongTensor | None = None,
-        serial_ids: torch.LongTensor | None = None,
+        visit_ids: torch.Tensor | None = None,
+        serial_ids: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
         max_seqlen: int | None = None,
         inputs_embeds: torch.Tensor | None = None,
@@ -155,7 +158,8 @@ class MedBertModel(MedBertPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
-        codes = input_ids if input_ids is not None else inputs_embeds[..., 0]
+        codes = inputs_embeds[..., 0] if inputs_embeds is not None else input_ids
+        assert codes is not None  # one of the two is there
         packed = self._packed(codes, attention_mask, cu_seqlens, max_seqlen)
         longest = codes.shape[1] if packed is None else packed.max_seqlen
         if longest > self.config.max_position_embeddings:
@@ -228,14 +232,14 @@ class MedBertForMaskedLM(MedBertPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        visit_ids: torch.LongTensor | None = None,
-        serial_ids: torch.LongTensor | None = None,
+        visit_ids: torch.Tensor | None = None,
+        serial_ids: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
         max_seqlen: int | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         return_logits: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
@@ -295,15 +299,15 @@ class MedBertForPreTraining(MedBertPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        visit_ids: torch.LongTensor | None = None,
-        serial_ids: torch.LongTensor | None = None,
+        visit_ids: torch.Tensor | None = None,
+        serial_ids: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
         max_seqlen: int | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
-        prolonged_stay_labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
+        prolonged_stay_labels: torch.Tensor | None = None,
         return_logits: bool | None = None,
         **kwargs,
     ) -> MedBertForPreTrainingOutput:
@@ -356,20 +360,20 @@ class MedBertForSequenceClassification(MedBertPreTrainedModel):
 
     def __init__(self, config: MedBertConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels = len(config.id2label or ())
         self.model = MedBertModel(config)
         dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
         self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        visit_ids: torch.LongTensor | None = None,
-        serial_ids: torch.LongTensor | None = None,
+        visit_ids: torch.Tensor | None = None,
+        serial_ids: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
         max_seqlen: int | None = None,
         inputs_embeds: torch.Tensor | None = None,
