@@ -69,7 +69,7 @@ def bert() -> BertForMaskedLM:
             type_vocab_size=1000,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
-        )  # fmt: skip
+        )
     ).train()
 
 

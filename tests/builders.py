@@ -17,7 +17,7 @@ def day(number: float) -> datetime:
 
 
 def visit(start: float, end: float | None = None, **fields) -> dict:
-    """A visit from day ``start`` to day ``end``; code lists become available at its end unless ``*_at`` says otherwise."""
+    """A visit from day ``start`` to day ``end``; codes become available at its end unless ``*_at`` says otherwise."""
     end = start if end is None else end
     row = {"visit_id": int(start * 10), "start": day(start), "end": day(end), "kind": "inpatient", "planned": None}
     row |= {"discharged_to": "home", "notes": [], "stays": []}

@@ -51,6 +51,7 @@ class QuickstartArguments:
     task: str | None = field(default=None, metadata={"help": "Task; synthetic_outcome or readmission_30d by default."})
     patients: int = field(default=40_000, metadata={"help": "Synthetic patients."})
     epochs: float = field(default=5.0, metadata={"help": "Pre-training epochs."})
+    min_patients: int = field(default=11, metadata={"help": "Codes of fewer training patients back off to ancestors."})
     sizes: list[int] = field(default_factory=lambda: list(SIZES), metadata={"help": "Labelled training patients."})
 
 
@@ -95,7 +96,7 @@ def _prepared(arguments: QuickstartArguments, folder: Path) -> DataArguments:
     elif arguments.input is None:
         raise EhrDataError(f"`input` must name the folder of the {arguments.source} tables. Add --input DIR.")
     _say(format_summary(prepare(cast(SourceName, arguments.source), arguments.input, folder, options=options)))
-    return DataArguments(data=str(folder))
+    return DataArguments(data=str(folder), min_patients=arguments.min_patients)
 
 
 def _pretrained(arguments: QuickstartArguments, data: DataArguments, folder: Path) -> dict[str, float]:
