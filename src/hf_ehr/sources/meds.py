@@ -42,8 +42,8 @@ COLUMNS = {
 class CodeRule(NamedTuple):
     """Codes that match ``pattern`` (the whole code, any case) are of ``kind``.
 
-    The group of the pattern is the code in ``vocabulary``; without a group the whole code is kept, without a vocabulary
-    nothing is left of it but its kind.
+    The group of the pattern is the code in ``vocabulary``. Without a group the whole code is kept, without a
+    vocabulary nothing is left of it but its kind.
     """
 
     pattern: str
