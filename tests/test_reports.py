@@ -158,3 +158,14 @@ def test_names_and_shapes_are_checked(cohort):
         evaluate_rows({"a": np.ones((2, N)), "b": np.ones((3, N))}, y, patients, reference="a")
     with pytest.raises(ValueError, match="`rows` must hold at least one result"):
         write_table([], "nowhere", "t")
+
+
+def test_a_handful_of_positives_concludes_nothing(tmp_path):
+    """Ten rows, one positive: a perfect ranking is no evidence, whatever the resampled interval says."""
+    y = np.array([1] + [0] * 9)
+    p = {"Perfect": np.linspace(0.9, 0.1, 10), "Reversed": np.linspace(0.1, 0.9, 10)}
+    rows = evaluate_rows(p, y, np.arange(10), reference="Perfect", n_resamples=50)
+    table = write_table(rows, tmp_path / "table", "Few")[1].read_text()
+    assert "no difference shown" in table
+    assert "prove nothing" in table
+    assert "lower" not in table

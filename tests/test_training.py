@@ -150,8 +150,8 @@ def test_the_classifier_learns_a_pair_of_codes_from_two_visits(tmp_path):
     codes = ["ICD10CM/A01", "ICD10CM/B02", *(f"ICD10CM/C{i:02d}" for i in range(20))]
     people = []
     for i, (a, b) in enumerate(zip(has_a, has_b, strict=True)):
-        early = visit(1, diagnoses=[codes[2 + noise[i, 0]]] + [codes[0]] * a)
-        late = visit(9, diagnoses=[codes[2 + noise[i, 1]]] + [codes[1]] * b)
+        early = visit(1, diagnoses=[codes[2 + noise[i, 0]]] + [codes[0]] * int(a))
+        late = visit(9, diagnoses=[codes[2 + noise[i, 1]]] + [codes[1]] * int(b))
         people.append(patient(i, [early, late]))
     tokenizer = EhrCodeTokenizer.from_codes(codes)
     examples = build_examples(records(*people), tokenizer)

@@ -37,7 +37,6 @@ FINETUNING = {
     "learning_rate": 3e-4, "weight_decay": 0.01, "num_train_epochs": 4.0, "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 1024,
 }  # fmt: skip
-FEW_POSITIVES = 100
 
 
 @dataclass
@@ -153,11 +152,6 @@ def _honesty(comparison: Comparison, source: str) -> list[str]:
     ]
     if source == "synthetic":
         notes.append("Synthetic patients with planted structure: the software works, nothing clinical follows.")
-    if positives < FEW_POSITIVES:
-        notes.append(
-            f"With {positives} positive test rows these figures prove nothing about any model: read the intervals. "
-            "The run shows that your tables pass through the whole road."
-        )
     return notes
 
 

@@ -191,8 +191,8 @@ def _warnings(rows: Sequence[Result]) -> list[str]:
     warnings = [f"This table lacks rows it should have: {', '.join(missing)}."] if missing else []
     if min(row.positives for row in rows) < FEW_POSITIVES:
         warnings.append(
-            f"Fewer than {FEW_POSITIVES} positive test rows: the figures show that everything runs, "
-            "not how good a model is."
+            f"Fewer than {FEW_POSITIVES} positive test rows: these figures prove nothing about any model. They show "
+            "that the tables pass through the whole road."
         )
     return warnings
 
@@ -208,8 +208,15 @@ def _record(row: Result, p_adjusted: float) -> dict[str, Any]:
     record |= {"reference": row.reference, **_ends("auroc_difference", row.difference)}
     record["p_value"] = row.difference.p_value if row.difference else None
     record["p_adjusted"] = p_adjusted
-    record["verdict"] = verdict(row.difference, p_adjusted=p_adjusted) if row.difference else None
+    record["verdict"] = _verdict(row, p_adjusted)
     return dict(_finite(record))
+
+
+def _verdict(row: Result, p_adjusted: float) -> str | None:
+    """With few positives resampling cannot show how far a figure may be off, so nothing is concluded from it."""
+    if row.difference is None:
+        return None
+    return verdict(row.difference, p_adjusted=p_adjusted) if row.positives >= FEW_POSITIVES else "no difference shown"
 
 
 def _ends(name: str, interval: Interval | None) -> dict[str, float | None]:
