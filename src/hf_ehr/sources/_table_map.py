@@ -15,6 +15,8 @@ MAPS = Path(__file__).parent / "maps"
 CODE_KINDS = ("diagnosis", "procedure", "medication")
 DIRECTIVES = {"Y": 4, "m": 2, "d": 2, "H": 2, "M": 2, "S": 2}
 """What a ``date_format`` may hold after ``%``, with the number of digits."""
+INTEGER = r"^-?(0|[1-9][0-9]{0,17})([.]0*)?$"
+"""An integer id; leading zeros make it text, or two ids would become one."""
 
 
 @dataclass(frozen=True)
@@ -172,9 +174,7 @@ def _check_file(file: File, where: str) -> None:
     if file.order and (file.start or file.end):
         raise EhrDataError(f"`{where}` must have dates or `order`, not both. Drop `order` where there are dates.")
     if file.order and not file.visit:
-        raise EhrDataError(
-            f"`{where}` must name `visit` beside `order`: without dates nothing else tells visits apart."
-        )
+        raise EhrDataError(f"`{where}` must name `visit` beside `order`: nothing else tells visits apart.")
     if file.length_of_stay and not (file.start or file.order):
         raise EhrDataError(f"`{where}.length_of_stay` must come with `start` or `order`. Drop it.")
     if file.length_of_stay and file.end:
@@ -253,7 +253,7 @@ def _keys(plain: Any, where: str, *, required: tuple[str, ...], optional: tuple[
     unknown = sorted(set(map(str, plain)) - set(required) - set(optional))
     if unknown:
         raise EhrDataError(
-            f"`{where}` has the unknown key `{unknown[0]}`; known are {', '.join(required + optional)}. Correct the map."
+            f"`{where}` has the unknown key `{unknown[0]}`; known are {', '.join(required + optional)}. Correct it."
         )
     missing = [name for name in required if name not in plain]
     if missing:

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hf_ehr.schema import BIRTH_CODE, VISIT_KINDS, EhrDataError
-from hf_ehr.sources._codes import ICD_SHAPES, dotted, has_icd_shape, joined, lookup
-from hf_ehr.sources._table_map import DIRECTIVES, Codes, File, Label, Recoded, TableMap, load_map
-from hf_ehr.sources.engine import ROW, Column, Engine, Extract, Source, as_events, as_labels
+from hf_ehr.sources._codes import ICD_SHAPES, dotted, has_icd_shape, joined
+from hf_ehr.sources._table_cells import (
+    FILE,
+    Rule,
+    as_age,
+    as_date,
+    as_float,
+    as_integer,
+    index_in,
+    nth,
+    one_per_row,
+    rank_in,
+    recoded,
+    seconds,
+    sort_keys,
+    split,
+    union,
+    vocabulary_and_code,
+)
+from hf_ehr.sources._table_map import INTEGER, Codes, File, Label, Recoded, TableMap, load_map
+from hf_ehr.sources.engine import Column, Engine, Extract, Source, as_events, as_labels
 
 if TYPE_CHECKING:
     import ibis.expr.types as ir
@@ -19,21 +36,8 @@ if TYPE_CHECKING:
 GRAVITY = ("unknown", "home", "facility", "transfer", "against_advice", "hospice", "died")
 """Of several dispositions in the rows of a visit the last one in this order counts."""
 
-_FILE = "_file"
 _DAY = 86_400
 _YEAR = 365.25 * _DAY
-_INTEGER = r"^-?(0|[1-9][0-9]{0,17})([.]0*)?$"
-_NUMBER = r"^[0-9]+([.][0-9]*)?$"
-_BAND = r"^[\[(]?([0-9]+) *- *([0-9]+)[\])]?$"
-
-
-class _Rule(NamedTuple):
-    """A rule on rows: where it is broken, the columns and the value to report, and the rule in words."""
-
-    broken: ir.BooleanValue
-    column: str
-    value: ir.Value
-    reason: str
 
 
 class _Rows(NamedTuple):
@@ -105,23 +109,23 @@ def _read(engine: Engine, file: File, labels: Sequence[Label], input_dir: Path) 
         engine.scan(path, asked, delimiter=file.delimiter, null_values=file.null_values).__dict__ | {"path": path}
         for path in paths
     ]
-    tables = [scan["table"].mutate(**{_FILE: ibis.literal(scan["path"].name)}) for scan in scans]
+    tables = [scan["table"].mutate(**{FILE: ibis.literal(scan["path"].name)}) for scan in scans]
     rejected = [scan["rejected"] for scan in scans]
-    rows = _parsed(_union(tables), file, labels if file.makes_visits else ())
-    rows, broken = _split(rows, _row_rules(rows, file))
+    rows = _parsed(union(tables), file, labels if file.makes_visits else ())
+    rows, broken = split(rows, _row_rules(rows, file))
     rejected.append(broken)
     if file.row_per_visit:
-        rows = rows.mutate(_repeat=_rank(rows, ["_subject", "_visit"], [rows[name] for name in asked]))
+        rows = rows.mutate(_repeat=rank_in(rows, ["_subject", "_visit"], [rows[name] for name in asked]))
         reason = f"repeats the visit (`{file.subject}`, `{file.visit}`) of another row"
-        rows, broken = _split(rows, [_Rule(rows["_repeat"] > 0, str(file.visit), rows["_visit"], reason)])
+        rows, broken = split(rows, [Rule(rows["_repeat"] > 0, str(file.visit), rows["_visit"], reason)])
         rejected.append(broken)
-    return _Rows(file, rows, _union(rejected))
+    return _Rows(file, rows, union(rejected))
 
 
 def _asked(file: File, labels: Sequence[Label]) -> dict[str, Column]:
     """The columns to scan; required are those without which a row has no place."""
-    recoded = [*file.static.values(), file.discharge, file.planned, file.visit_kind]
-    texts = [item.column for item in recoded if isinstance(item, Recoded)]
+    items = [*file.static.values(), file.discharge, file.planned, file.visit_kind]
+    texts = [item.column for item in items if isinstance(item, Recoded)]
     for codes in file.codes:
         texts += [*codes.columns, *([codes.vocabulary.column] if isinstance(codes.vocabulary, Recoded) else [])]
     texts += [name.removeprefix("-") for name in file.position] + [label.column for label in labels]
@@ -136,71 +140,50 @@ def _parsed(rows: ir.Table, file: File, labels: Sequence[Label]) -> ir.Table:
     cells: dict[str, Any] = {"_subject": rows[file.subject]}
     if file.visit:
         cells["_visit"] = rows[file.visit]
-    start, end = (_date(rows[name], file.date_format) if name else None for name in (file.start, file.end))
+    start, end = (as_date(rows[name], file.date_format) if name else None for name in (file.start, file.end))
     if start is not None or end is not None:
         cells["_start"] = start if start is not None else end
         cells["_end"] = end if end is not None else start
     if file.order:
-        cells["_order"] = _integer(rows[file.order])
+        cells["_order"] = as_integer(rows[file.order])
     if file.length_of_stay:
-        cells["_stay"] = _float(rows[file.length_of_stay])
+        cells["_stay"] = as_float(rows[file.length_of_stay])
     if start is not None and file.length_of_stay:
-        cells["_end"] = start + _seconds(cells["_stay"] * _DAY)
+        cells["_end"] = start + seconds(cells["_stay"] * _DAY)
     if file.age:
-        cells["_age"] = _age(rows[file.age])
+        cells["_age"] = as_age(rows[file.age])
     for name, item in file.static.items():
-        cells[f"_static_{name}"] = _recode(rows, item, keep=True)
+        cells[f"_static_{name}"] = recoded(rows, item, keep=True)
     for number, label in enumerate(labels):
         cells[f"_label_{number}"] = rows[label.column].isin(list(label.positive)).cast("int8")
     kind = file.visit_kind
-    named = ibis.literal(kind) if isinstance(kind, str) else _recode(rows, kind)
-    cells["_kind"] = _index(named, VISIT_KINDS, "unknown")
-    for name, recoded in (("planned", file.planned), ("discharge", file.discharge)):
-        cells[f"_{name}_text"] = rows[recoded.column] if recoded else ibis.null("string")
-    cells["_planned"] = _recode(rows, file.planned).cast("int64") if file.planned else ibis.null("int64")
-    place = _recode(rows, file.discharge) if file.discharge else ibis.null("string")
-    cells["_discharge"] = _index(place, GRAVITY, "unknown")
+    named = ibis.literal(kind) if isinstance(kind, str) else recoded(rows, kind)
+    cells["_kind"] = index_in(named, VISIT_KINDS, "unknown")
+    for name, meaning in (("planned", file.planned), ("discharge", file.discharge)):
+        cells[f"_{name}_text"] = rows[meaning.column] if meaning else ibis.null("string")
+    cells["_planned"] = recoded(rows, file.planned).cast("int64") if file.planned else ibis.null("int64")
+    place = recoded(rows, file.discharge) if file.discharge else ibis.null("string")
+    cells["_discharge"] = index_in(place, GRAVITY, "unknown")
     return rows.mutate(**cells)
 
 
-def _row_rules(rows: ir.Table, file: File) -> list[_Rule]:
+def _row_rules(rows: ir.Table, file: File) -> list[Rule]:
     parsed = {"_start": file.start, "_end": file.end, "_order": file.order, "_stay": file.length_of_stay,
               "_age": file.age}  # fmt: skip
     words = {"_start": "date", "_end": "date", "_order": "integer", "_stay": "number", "_age": "number or age band"}
     rules = [
-        _Rule(rows[cell].isnull() & rows[name].notnull(), name, rows[name], f"`{name}` is no readable {words[cell]}")
+        Rule(rows[cell].isnull() & rows[name].notnull(), name, rows[name], f"`{name}` is no readable {words[cell]}")
         for cell, name in parsed.items()
         if name
     ]
     if file.length_of_stay:
         name = file.length_of_stay
-        rules.append(_Rule(rows["_stay"] < 0, name, rows[name], f"negative stay: `{name}` is below 0"))
+        rules.append(Rule(rows["_stay"] < 0, name, rows[name], f"negative stay: `{name}` is below 0"))
     if file.start and file.end:
         reason = f"negative stay: `{file.end}` is before `{file.start}`"
         value = rows[file.start] + "," + rows[file.end]
-        rules.append(_Rule(rows["_end"] < rows["_start"], f"{file.start},{file.end}", value, reason))
+        rules.append(Rule(rows["_end"] < rows["_start"], f"{file.start},{file.end}", value, reason))
     return rules
-
-
-def _split(rows: ir.Table, rules: Sequence[_Rule]) -> tuple[ir.Table, ir.Table]:
-    """(rows that keep all rules, the others by the first one they break); the file's name comes from the row."""
-    import ibis
-
-    first = ibis.literal(-1)
-    for number, rule in reversed(list(enumerate(rules))):
-        first = ibis.ifelse(rule.broken.fill_null(False), number, first)
-    values = [(first == number, rule.value.cast("string")) for number, rule in enumerate(rules)]
-    text = ibis.cases(*values) if values else ibis.null("string")
-    rows = rows.mutate(_rule=first.cast("int64"), _value=text)
-    bad = rows.filter(rows["_rule"] >= 0)
-    rejected = bad.select(
-        file=bad[_FILE],
-        row=bad[ROW],
-        column=_nth(bad["_rule"], [rule.column for rule in rules]),
-        value=bad["_value"],
-        reason=_nth(bad["_rule"], [rule.reason for rule in rules]),
-    )
-    return rows.filter(rows["_rule"] < 0).drop("_rule", "_value"), rejected
 
 
 # Ids
@@ -214,18 +197,17 @@ def _number_ids(entries: list[_Rows]) -> tuple[list[_Rows], list[str]]:
         holders = [number for number, rows in enumerate(tables) if text in rows.columns]
         if not holders:
             continue
-        ids = _union([tables[number].select(text) for number in holders]).distinct()
-        if len(ids.filter(~ids[text].re_search(_INTEGER)).limit(1).to_pyarrow()):
-            ids = ids.mutate(**{name: _rank(ids, [], [ids[text]]) + 1})
+        ids = union([tables[number].select(text) for number in holders]).distinct()
+        if len(ids.filter(~ids[text].re_search(INTEGER)).limit(1).to_pyarrow()):
+            ids = ids.mutate(**{name: rank_in(ids, [], [ids[text]]) + 1})
             warnings.append(f"`{name}` was renumbered: the ids are text, so each is its rank among the sorted ids.")
             numbered = [tables[number].join(ids, text) for number in holders]
         else:
-            numbered = [tables[number].mutate(**{name: _integer(tables[number][text])}) for number in holders]
+            numbered = [tables[number].mutate(**{name: as_integer(tables[number][text])}) for number in holders]
         for number, rows in zip(holders, numbered, strict=True):
             tables[number] = rows
-    return [
-        entry._replace(table=_with_visit(entry.file, rows)) for entry, rows in zip(entries, tables, strict=True)
-    ], (warnings)
+    pairs = zip(entries, tables, strict=True)
+    return [entry._replace(table=_with_visit(entry.file, rows)) for entry, rows in pairs], warnings
 
 
 def _with_visit(file: File, rows: ir.Table) -> ir.Table:
@@ -254,7 +236,7 @@ def _visits(entries: list[_Rows], plan: TableMap) -> ir.Table:
             name: rows[name].cast(kind) if name in rows.columns else ibis.null(kind) for name, kind in types.items()
         }
         parts.append(rows.select("subject_id", "visit_id", **cells))
-    rows = _union(parts)
+    rows = union(parts)
     latest = {"_end", "_stay", "_discharge", *labels}
     merged = {name: rows[name].max() if name in latest else rows[name].min() for name in types}
     visits = rows.group_by("subject_id", "visit_id").agg(**merged)
@@ -269,10 +251,10 @@ def _on_order_axis(visits: ir.Table) -> ir.Table:
 
     longest = visits["_stay"].max().ceil().cast("int64").to_pyarrow().as_py()
     step = 1 if longest is None else longest + 1
-    rank = _rank(visits, ["subject_id"], [visits["_order"], visits["visit_id"]])
-    start = ibis.timestamp("1970-01-01 00:00:00") + _seconds(rank * step * _DAY)
+    rank = rank_in(visits, ["subject_id"], [visits["_order"], visits["visit_id"]])
+    start = ibis.timestamp("1970-01-01 00:00:00") + seconds(rank * step * _DAY)
     visits = visits.mutate(_start=start)
-    return visits.mutate(_end=visits["_start"] + _seconds(visits["_stay"].fill_null(0.0) * _DAY))
+    return visits.mutate(_end=visits["_start"] + seconds(visits["_stay"].fill_null(0.0) * _DAY))
 
 
 def _visit_events(visits: ir.Table, entries: list[_Rows]) -> ir.Table:
@@ -283,7 +265,7 @@ def _visit_events(visits: ir.Table, entries: list[_Rows]) -> ir.Table:
         visits,
         subject_id=visits["subject_id"],
         time=visits["start"],
-        code="Visit/" + _nth(visits["_kind"], VISIT_KINDS),
+        code="Visit/" + nth(visits["_kind"], VISIT_KINDS),
         numeric_value=visits["_planned"],
         text_value=visits["_planned_text"],
         visit_id=visits["visit_id"],
@@ -293,7 +275,7 @@ def _visit_events(visits: ir.Table, entries: list[_Rows]) -> ir.Table:
         visits,
         subject_id=visits["subject_id"],
         time=visits["end"],
-        code="Discharge/" + _nth(visits["_discharge"], GRAVITY),
+        code="Discharge/" + nth(visits["_discharge"], GRAVITY),
         text_value=visits["_discharge_text"],
         visit_id=visits["visit_id"],
         kind="discharge",
@@ -301,7 +283,7 @@ def _visit_events(visits: ir.Table, entries: list[_Rows]) -> ir.Table:
     parts = [admitted, discharged]
     if any(entry.file.age for entry in entries):
         aged = _first_known(visits, "_age")
-        birth = aged["start"] - _seconds(aged["_age"] * _YEAR)
+        birth = aged["start"] - seconds(aged["_age"] * _YEAR)
         parts.append(as_events(aged, subject_id=aged["subject_id"], time=birth, code=BIRTH_CODE, kind="birth"))
     for name in (name for name in visits.columns if name.startswith("_static_")):
         known = _first_known(visits, name)
@@ -312,7 +294,7 @@ def _visit_events(visits: ir.Table, entries: list[_Rows]) -> ir.Table:
 def _first_known(visits: ir.Table, name: str) -> ir.Table:
     """Each patient's first visit with a value of ``name``."""
     known = visits.filter(visits[name].notnull())
-    known = known.mutate(_visit=_rank(known, ["subject_id"], [known["start"], known["visit_id"]]))
+    known = known.mutate(_visit=rank_in(known, ["subject_id"], [known["start"], known["visit_id"]]))
     return known.filter(known["_visit"] == 0)
 
 
@@ -327,7 +309,7 @@ def _static_extract(entry: _Rows, number: int) -> Extract:
     for name in (f"_static_{name}" for name in entry.file.static):
         rows = entry.table.filter(entry.table[name].notnull())
         parts.append(_static(rows.select("subject_id", name).distinct(), name))
-    return Extract(f"file-{number}", _union(parts), [entry.rejected])
+    return Extract(f"file-{number}", union(parts), [entry.rejected])
 
 
 def _labels(visits: ir.Table, number: int, label: Label) -> ir.Table:
@@ -354,19 +336,19 @@ def _code_events(entry: _Rows, codes: Codes, visits: ir.Table, before: int) -> t
     """(events, rejected) of one entry of ``codes``; ``before`` counts the columns of its kind in earlier entries."""
     import ibis
 
-    rows = _one_per_row(entry.table, codes)
+    rows = one_per_row(entry.table, codes)
     known = visits.select("subject_id", "visit_id", "end", _known=True)
     rows = rows.left_join(known, ["subject_id", "visit_id"], rname="_right_{name}")
-    vocabulary, code = _vocabulary_and_code(rows, codes)
+    vocabulary, code = vocabulary_and_code(rows, codes)
     rows = rows.mutate(_vocabulary=vocabulary, _code=code)
     rows = rows.mutate(_code=dotted(rows["_vocabulary"], rows["_code"]))
-    rows, rejected = _split(rows, _code_rules(rows, entry.file, codes))
+    rows, rejected = split(rows, _code_rules(rows, entry.file, codes))
     position: Any = None
     if codes.wide:
         position = rows["_slot"] + before + 1
     elif entry.file.position:
-        keys = [key for name in entry.file.position for key in _sort_keys(rows, name)]
-        position = _rank(rows, ["subject_id", "visit_id"], [*keys, rows["_code"]]) + before + 1
+        keys = [key for name in entry.file.position for key in sort_keys(rows, name)]
+        position = rank_in(rows, ["subject_id", "visit_id"], [*keys, rows["_code"]]) + before + 1
     if position is not None:
         rows = rows.mutate(_position=position)
     events = as_events(
@@ -382,40 +364,7 @@ def _code_events(entry: _Rows, codes: Codes, visits: ir.Table, before: int) -> t
     return events, rejected
 
 
-def _one_per_row(rows: ir.Table, codes: Codes) -> ir.Table:
-    """Rows with ``_raw``, the text of one code, and the column it came from (``_slot``, counted from 0)."""
-    import ibis
-
-    if not codes.wide:
-        return rows.mutate(_raw=rows[codes.columns[0]], _slot=ibis.literal(0))
-    cells = [
-        ibis.struct({"slot": ibis.literal(slot, "int64"), "text": rows[name]})
-        for slot, name in enumerate(codes.columns)
-    ]
-    long = rows.mutate(_cell=ibis.array(cells).unnest())
-    long = long.mutate(_raw=long["_cell"]["text"], _slot=long["_cell"]["slot"]).drop("_cell")
-    long = long.filter(long["_raw"].notnull())
-    if codes.absent is None:
-        return long
-    present = long.filter(long["_raw"].notin(list(codes.absent))) if codes.absent else long
-    return present.mutate(_raw=_nth(present["_slot"], codes.columns))
-
-
-def _vocabulary_and_code(rows: ir.Table, codes: Codes) -> tuple[ir.StringValue, ir.StringValue]:
-    import ibis
-
-    raw = rows["_raw"]
-    if isinstance(codes.vocabulary, str):
-        return ibis.literal(codes.vocabulary), raw
-    if isinstance(codes.vocabulary, Recoded):
-        return lookup(rows[codes.vocabulary.column], codes.vocabulary.values), raw
-    longest_first = sorted(codes.prefixes, key=len, reverse=True)
-    vocabulary = ibis.cases(*[(raw.startswith(prefix), codes.prefixes[prefix]) for prefix in longest_first])
-    code = ibis.cases(*[(raw.startswith(prefix), raw.substr(len(prefix))) for prefix in longest_first], else_=raw)
-    return vocabulary, code
-
-
-def _code_rules(rows: ir.Table, file: File, codes: Codes) -> list[_Rule]:
+def _code_rules(rows: ir.Table, file: File, codes: Codes) -> list[Rule]:
     raw, vocabulary = rows["_raw"], rows["_vocabulary"]
     shaped = [~((vocabulary == name) & ~has_icd_shape(name, rows["_code"])) for name in ICD_SHAPES]
     malformed = ~reduce(lambda one, other: one & other, shaped) | (rows["_code"] == "")
@@ -424,102 +373,12 @@ def _code_rules(rows: ir.Table, file: File, codes: Codes) -> list[_Rule]:
     for slot, name in enumerate(codes.columns):
         here = rows["_slot"] == slot
         rules += [
-            _Rule(here & raw.isnull(), name, raw, f"`{name}` is missing"),
-            _Rule(here & vocabulary.isnull(), name, raw, "unknown vocabulary: the map names none for this row"),
-            _Rule(here & malformed, name, raw, f"`{name}` is no code of its vocabulary"),
+            Rule(here & raw.isnull(), name, raw, f"`{name}` is missing"),
+            Rule(here & vocabulary.isnull(), name, raw, "unknown vocabulary: the map names none for this row"),
+            Rule(here & malformed, name, raw, f"`{name}` is no code of its vocabulary"),
         ]
     if codes.absent is not None:
         rules = []
     if not file.makes_visits:
-        rules.append(_Rule(rows["_known"].isnull(), str(file.visit), rows["_visit"], absent))
+        rules.append(Rule(rows["_known"].isnull(), str(file.visit), rows["_visit"], absent))
     return rules
-
-
-def _sort_keys(rows: ir.Table, name: str) -> list[ir.Value]:
-    """Numbers by value, then text; missing values last in either direction."""
-    text = rows[name.removeprefix("-")].upper()
-    keys = [_float(text), text]
-    return [(key.desc if name.startswith("-") else key.asc)(nulls_first=False) for key in keys]
-
-
-# Expressions
-
-
-def _union(tables: Sequence[ir.Table]) -> ir.Table:
-    import ibis
-
-    return ibis.union(*tables) if len(tables) > 1 else tables[0]
-
-
-def _rank(rows: ir.Table, group: Sequence[str], order: Sequence[Any]) -> ir.IntegerColumn:
-    import ibis
-
-    return ibis.row_number().over(ibis.window(group_by=list(group), order_by=list(order)))
-
-
-def _seconds(value: ir.Value) -> ir.Value:
-    return value.round().cast("int64").as_interval("s")
-
-
-def _nth(number: ir.Value, names: Sequence[str]) -> ir.StringValue:
-    """``names[number]``."""
-    import ibis
-
-    return ibis.cases(*[(number == index, name) for index, name in enumerate(names)]) if names else ibis.null("string")
-
-
-def _index(value: ir.Value, names: Sequence[str], other: str) -> ir.IntegerValue:
-    import ibis
-
-    return ibis.cases(*[(value == name, index) for index, name in enumerate(names)], else_=names.index(other))
-
-
-def _recode(rows: ir.Table, item: Recoded, keep: bool = False) -> ir.Value:
-    """What the column's values mean; a value that is not listed stays itself (``keep``) or is null."""
-    import ibis
-
-    column = rows[item.column]
-    if not item.values:
-        return column if keep else column.nullif(column)
-    branches = [
-        (column == raw, ibis.literal(None if new is None else str(new), "string")) for raw, new in item.values.items()
-    ]
-    return ibis.cases(*branches, else_=column if keep else None)
-
-
-def _integer(text: ir.StringValue) -> ir.IntegerValue:
-    import ibis
-
-    good = ibis.ifelse(text.re_search(_INTEGER), text, ibis.null("string"))
-    return good.re_replace("[.]0*$", "").try_cast("int64")
-
-
-def _float(text: ir.StringValue) -> ir.FloatingValue:
-    import ibis
-
-    return ibis.ifelse(text.re_search("^[+-]?[0-9]+([.][0-9]*)?$"), text, ibis.null("string")).try_cast("float64")
-
-
-def _age(text: ir.StringValue) -> ir.FloatingValue:
-    import ibis
-
-    low, high = (text.re_extract(_BAND, group).try_cast("float64") for group in (1, 2))
-    number = ibis.ifelse(text.re_search(_NUMBER), text, ibis.null("string")).try_cast("float64")
-    return ibis.ifelse(text.re_search(_BAND), (low + high) / 2, number)
-
-
-def _date(text: ir.StringValue, date_format: str | None) -> ir.TimestampValue:
-    """ISO 8601, or what ``date_format`` says; null where unreadable."""
-    from hf_ehr.sources.engine import _parse
-
-    if date_format is None:
-        return _parse(text, "timestamp", ())[1]
-    parts = re.split("%(.)", date_format)
-    order = parts[1::2]
-    digits = [f"([0-9]{{{DIRECTIVES[name] if name == 'Y' else '1,2'}}})" for name in order]
-    pattern = "^" + "".join(re.escape(gap) + group for gap, group in zip(parts[::2], [*digits, ""], strict=True)) + "$"
-    found = {name: text.re_extract(pattern, order.index(name) + 1).lpad(2, "0") for name in order if name != "Y"}
-    year = text.re_extract(pattern, order.index("Y") + 1)
-    clock = [found.get(name, "00") for name in "HMS"]
-    iso = year + "-" + found["m"] + "-" + found["d"] + " " + clock[0] + ":" + clock[1] + ":" + clock[2]
-    return iso.try_cast("timestamp")
