@@ -264,7 +264,10 @@ def _map_codes(table: ir.Table) -> tuple[ir.Table, int]:
     table = table.mutate(_own=table["kind"].notnull() & table["code"].re_search(_CONTRACT_CODE))
     foreign = table.filter(~table["_own"]).select("code").distinct().to_pyarrow()["code"].to_pylist()
     mapped = map_codes(foreign)
-    table = table.left_join(ibis.memtable(mapped), [("code", "_raw")])
+    # Blank for null on the way in: Spark takes its tables through pandas, where a null text becomes "NaN".
+    filled = pa.table({name: mapped[name].fill_null("") for name in mapped.column_names})
+    table = table.left_join(ibis.memtable(filled), [("code", "_raw")])
+    table = table.mutate(**{name: table[name].nullif("") for name in ("_value", "_text", "_known")})
     timeless = table["time"].isnull() & table["_known"].isnull()
     homeless = (table["_code"] == "Stay/icu") & table["stay_id"].isnull()
     kind = ibis.cases((timeless, "static"), (homeless, "measurement"), else_=table["_kind"])
