@@ -110,12 +110,13 @@ def evaluate(arguments: EvaluateArguments) -> Path:
     settings = TrainingArguments(output_dir=str(output / "untrained"), **made["training"])
     comparison = compare(data, options, settings, arguments.model)
     notes = [f"Task `{options.task}`, {comparison.train_size} training examples, {data.data}."]
-    table = write_results(comparison, output, f"{options.task}: test patients", notes)
+    task = training.task_name(options.task)
+    table = write_results(comparison, output, f"{task}: test patients", notes)
     calibration_plot(
         {name: (comparison.truth, p) for name, p in comparison.test.items() if name in (REFERENCE, PPMI)},
         output / "calibration.png",
     )
-    write_card(Path(arguments.model), options.task, table, notes)
+    write_card(Path(arguments.model), task, table, notes)
     return table
 
 

@@ -131,9 +131,9 @@ def _report(comparisons: dict[int, Comparison], output: Path, task: str, source:
     curves: dict[str, dict] = {}
     for size, comparison in comparisons.items():
         notes = _honesty(comparison, source)
-        title = f"{task}, {size} labelled patients"
+        title = f"{training.task_name(task)}, {size} labelled patients"
         report = write_results(comparison, output / f"results-{size}", title, notes)
-        write_card(output / f"model-{size}", task, report, notes)
+        write_card(output / f"model-{size}", training.task_name(task), report, notes)
         for name, p in comparison.test.items():
             interval = patient_bootstrap(auroc, comparison.truth, p, comparison.patients, n_resamples=300)
             curves.setdefault(name, {})[size] = interval

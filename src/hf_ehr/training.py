@@ -31,7 +31,7 @@ from .models.modeling_medbert import MedBertForPreTraining, MedBertForSequenceCl
 from .models.tokenization_ehr import EhrCodeTokenizer
 from .samplers import FlatExamples, PackedDataset
 from .schema import DatasetInfo, atomic_path, shard_paths
-from .tasks import SplitManifest, label_dataset, read_labels
+from .tasks import SplitManifest, TaskSpec, label_dataset, read_labels
 from .tasks.audit import check_fitted_on
 from .vocabulary import fit_tokenizer
 
@@ -93,7 +93,7 @@ class PretrainArguments:
 class FinetuneArguments:
     """What is predicted, from which checkpoint, with how many patients."""
 
-    task: str = field(metadata={"help": "Named task, or the name of a file in the prepared folder's labels/."})
+    task: str = field(metadata={"help": "Named task, a YAML definition, or the name of a file in labels/."})
     model: str = field(metadata={"help": "Folder or Hub id of a pre-trained Med-BERT."})
     train_patients: int | None = field(
         default=None, metadata={"help": "Use this many training patients only (nested subsets for one `draw`)."}
@@ -212,7 +212,7 @@ def finetune(data: DataArguments, options: FinetuneArguments, training: Training
         np.asarray(examples["validation"]["labels"]),
         predict(trainer.model, examples["validation"], tokenizer),
     )
-    model.config.thresholds = {options.task: float(best_f1_threshold(labels, scores))}
+    model.config.thresholds = {task_name(options.task): float(best_f1_threshold(labels, scores))}
     if trainer.is_world_process_zero():
         trainer.save_model(str(output))
         data.manifest(splits).save(output / SPLITS_FILE)
@@ -237,9 +237,16 @@ def examples_of(data, options, tokenizer, splits, name: str, cache: Path | None 
 
 
 def task_labels(data: DataArguments, task: str) -> pa.Table:
-    """LABELS of a task: the file in the prepared folder, written now if the task is a named one."""
-    path = Path(data.data) / "labels" / f"{task}.parquet"
-    return read_labels(path if path.is_file() else label_dataset(task, data.data))
+    """LABELS of a task: the file in the prepared folder, written now if it is a named task or a YAML definition."""
+    path = Path(data.data) / "labels" / f"{task_name(task)}.parquet"
+    if path.is_file():
+        return read_labels(path)
+    return read_labels(label_dataset(task if task_name(task) == task else TaskSpec.from_yaml(task), data.data))
+
+
+def task_name(task: str) -> str:
+    """The name of a task that is given by name or as a YAML file."""
+    return TaskSpec.from_yaml(task).name if task.endswith((".yaml", ".yml")) else task
 
 
 def check_earlier_stage(model: str, manifest: SplitManifest) -> None:
@@ -336,7 +343,8 @@ def _keep_better(model, before: dict, validation, tokenizer) -> None:
 def new_classifier(options: FinetuneArguments, seed: int) -> MedBertForSequenceClassification:
     """A classifier on the weights of `options.model`, or on fresh ones under `untrained`; its head is random."""
     torch.manual_seed(seed)
-    names: dict[str, Any] = {"id2label": {0: "no", 1: options.task}, "label2id": {"no": 0, options.task: 1}}
+    task = task_name(options.task)
+    names: dict[str, Any] = {"id2label": {0: "no", 1: task}, "label2id": {"no": 0, task: 1}}
     if options.untrained:
         config = MedBertConfig.from_pretrained(options.model, **names)
         return MedBertForSequenceClassification(config)
@@ -395,5 +403,5 @@ def _write_json(path: Path, content: dict) -> None:
 __all__ = [
     "DataArguments", "FinetuneArguments", "PretrainArguments", "check_earlier_stage", "embed",
     "examples_of", "finetune", "held_out", "new_classifier", "predict", "pretrain", "start_from_probe",
-    "start_from_unigram", "task_labels",
+    "start_from_unigram", "task_labels", "task_name",
 ]  # fmt: skip
