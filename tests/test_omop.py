@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from datetime import datetime
 
+import ibis
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
+from hf_ehr.models.code_hierarchy import is_valid
+from hf_ehr.prepare import prepare
 from hf_ehr.records import assemble
-from hf_ehr.schema import EhrDataError, validate_events
+from hf_ehr.schema import EhrDataError, shard_paths, validate_events
+from hf_ehr.sources._codes import has_icd_shape, icd
 from hf_ehr.sources.engine import Engine, Source
 from hf_ehr.sources.omop import omop
 
@@ -31,7 +38,7 @@ visit_end_datetime,visit_source_value,discharge_to_concept_id
 """
 CONDITION = """condition_occurrence_id,person_id,condition_concept_id,condition_start_date,condition_start_datetime,\
 condition_type_concept_id,condition_status_concept_id,visit_occurrence_id,condition_source_value,condition_source_concept_id
-1,1,201826,2020-01-01,,38000201,,10,25000,44832190
+1,1,201826,2020-01-01,,38000201,,10,diab,44832190
 2,1,316139,2020-01-01,,38000200,,10,4280,0
 3,1,0,2020-02-01,,,,11,local 7,0
 4,1,0,2020-02-01,,,,11,,0
@@ -109,6 +116,27 @@ def test_without_a_concept_table_and_a_source_vocabulary_codes_are_concept_ids(e
     source = omop(engine, folder)
     assert [row[3] for row in codes_by_id(source)][:3] == ["OMOP/316139", "OMOP/201826", "Source/local_7"]
     assert any("`concept` is missing" in warning for warning in source.warnings)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "raw", "expected"),
+    [
+        ("ICD9CM", ["4280", "428", "e8120", "V3001", "25002", "8", "41", "8.45"],
+         ["428.0", "428", "E812.0", "V30.01", "250.02", "008", "041", "008.45"]),
+        ("ICD9Proc", ["3995", "39.95", "4", "4.1"], ["39.95", "39.95", "04", "04.1"]),
+        ("ICD10CM", ["e1165", "E11.65", "C50", "S52521A"], ["E11.65", "E11.65", "C50", "S52.521A"]),
+        ("ATC", ["A10BA02"], ["A10BA02"]),
+    ],
+)  # fmt: skip
+def test_icd_codes_get_their_dot_and_the_zeros_that_a_spreadsheet_took(engine, vocabulary, raw, expected):
+    table = ibis.memtable({"row": list(range(len(raw))), "code": raw})
+    done = table.select(
+        "row", code=icd(vocabulary, table.code), fits=has_icd_shape(vocabulary, icd(vocabulary, table.code))
+    )
+    rows = engine.con.to_pyarrow(done.order_by("row")).to_pydict()
+    assert rows["code"] == expected
+    assert all(rows["fits"])
+    assert all(vocabulary == "ATC" or is_valid(f"{vocabulary}/{code}") for code in rows["code"])
 
 
 def test_every_row_is_an_event_or_rejected_with_its_reason(engine, tables):
@@ -253,3 +281,25 @@ def test_the_synpuf_sample_converts_whole(engine, real_data):
     assert {row["reason"] for row in unmapped} == {"unmapped: concept 0 and no source value"}
     assert sum(row["kind"] == "birth" for row in events_of(source, "person")) == 1_000
     assert len(events_of(source, "death")) == 52
+
+
+def test_the_synpuf_sample_becomes_records_of_one_visit_a_day(real_data, tmp_path):
+    info = prepare("omop", real_data("synpuf1k_omop"), tmp_path, shards=2, workers=1, progress=False)
+    records = pa.concat_tables([pq.read_table(path) for path in shard_paths(tmp_path, "records")])
+    visits = records["visits"].combine_chunks().flatten()
+    assert records.num_rows == info.summary["patients"] == 1_000
+    days = [visits.field(name).cast(pa.date32()) for name in ("start", "end")]
+    assert days[0] == days[1]
+    assert pc.sum(pc.list_value_length(visits.field("medications"))).as_py() == 56_257
+    assert info.summary["rejected"] == {"condition_era.tsv.gz: unmapped: concept 0 and no source value": 218}
+
+
+@pytest.mark.slow
+def test_spark_gives_the_same_events_and_rejected_rows(tables, engine):
+    pytest.importorskip("pyspark")
+    folder = tables(person=PERSON, visit_occurrence=VISIT, condition_occurrence=CONDITION, concept=CONCEPT)
+    spark = Engine.connect("spark")
+    sources = [omop(connection, folder, source_vocabulary="ICD9CM") for connection in (engine, spark)]
+    here, there = ([frozenset(row.items()) for row in events_of(source)] for source in sources)
+    assert Counter(here) == Counter(there)
+    assert reasons_of(sources[0]) == reasons_of(sources[1])
