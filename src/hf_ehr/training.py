@@ -9,9 +9,11 @@ early stopping see validation patients, and nothing here opens the test split bu
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,8 +65,11 @@ class DataArguments:
         """The splits as hashes, salted with a secret that stays in the prepared folder."""
         salt = Path(self.data) / "split_salt"
         if not salt.is_file():
-            with atomic_path(salt) as temporary:
-                temporary.write_text(secrets.token_hex(16))
+            mine = salt.with_name(f".split_salt.{os.getpid()}")
+            mine.write_text(secrets.token_hex(16))
+            with suppress(FileExistsError):  # another rank was first: all take its salt
+                os.link(mine, salt)
+            mine.unlink()
         return SplitManifest.of(DatasetInfo.load(self.data).source, splits, salt=salt.read_text())
 
 
