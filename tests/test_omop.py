@@ -54,6 +54,7 @@ CONCEPT = """concept_id\tconcept_name\tdomain_id\tvocabulary_id\tconcept_class_i
 0\tNo matching concept\tMetadata\tNone\tUndefined\t\tNo matching concept
 201826\tType 2 diabetes mellitus\tCondition\tSNOMED\tFinding\tS\t44054006
 316139\tHeart failure\tCondition\tSNOMED\tFinding\tS\t84114007
+316139\tHeart failure, again\tCondition\tSNOMED\tFinding\tS\t84114007
 44832190\tDiabetes "type II"\tCondition\tICD9CM\t5-dig billing code\t\t250.00
 7\tDischarge summary\tNote\tNote Class\tx\tS\tx y
 """
@@ -145,6 +146,7 @@ def test_every_row_is_an_event_or_rejected_with_its_reason(engine, tables):
     visits, conditions = "visit_occurrence.csv", "condition_occurrence.csv"
     unborn = "is no date of birth: the person is kept without one"
     assert reasons_of(source) == {
+        ("concept.csv", "concept_id", "repeats the key (concept_id) of another row"): 1,
         ("person.csv", "year_of_birth,month_of_birth,day_of_birth", unborn): 1,
         (visits, "visit_occurrence_id", "repeats the key (visit_occurrence_id) of another row"): 1,
         (visits, "visit_end_date", "negative stay: ends before it starts"): 1,

@@ -81,6 +81,7 @@ class _Reader:
     def __init__(self, engine: Engine, input_dir: Path, vocabularies: dict[str, str], lag: float) -> None:
         self.engine, self.input_dir, self.vocabularies, self.lag = engine, input_dir, vocabularies, lag
         self.warnings: list[str] = []
+        self.rejected_concepts: list[ir.Table] = []
         if not any(find_table(input_dir, name, required=False) for name in _CODE_TABLES):
             raise EhrDataError(
                 f"{input_dir} has no table of codes (one of {', '.join(_CODE_TABLES)}). Check `input_dir`."
@@ -98,8 +99,9 @@ class _Reader:
         if path is None:
             return None
         columns = {"concept_id": _ID, "concept_name": _TEXT, "vocabulary_id": Column(), "concept_code": Column()}
-        # Its rejected rows are no patient data; the events that miss them fall back to their concept id.
-        table = cdm.read(self.engine, path, "concept", columns, key=("concept_id",)).table
+        scan = cdm.read(self.engine, path, "concept", columns, key=("concept_id",))
+        self.rejected_concepts = [scan.rejected]  # the events that miss one of them fall back to its id
+        table = scan.table
         named = table.filter((table.concept_id > 0) & table.vocabulary_id.notnull() & table.concept_code.notnull())
         code = joined(named.vocabulary_id, dotted(named.vocabulary_id, named.concept_code))
         return named.select(concept_key=named.concept_id, concept_name=named.concept_name, code=code)
@@ -107,7 +109,6 @@ class _Reader:
     def people(self) -> list[Extract]:
         """Static events, births and deaths."""
         path = find_table(self.input_dir, "person")
-        assert path is not None
         columns = {
             "person_id": _ID,
             "gender_concept_id": _CONCEPT,
@@ -144,7 +145,7 @@ class _Reader:
             self.warnings.append(
                 "Table `observation_period` is not read: follow-up ends with the last event of a person."
             )
-        return [Extract("person", events, [scan.rejected, no_birth]), *self._deaths()]
+        return [Extract("person", events, [*self.rejected_concepts, scan.rejected, no_birth]), *self._deaths()]
 
     def _deaths(self) -> list[Extract]:
         self.deaths = None
