@@ -302,7 +302,7 @@ def test_the_map_of_files_in_the_readme_is_complete():
 
 def test_the_python_code_in_the_readme_runs(tmp_path, monkeypatch):
     torch = pytest.importorskip("torch")
-    folder = tmp_path / "quickstart-output" / "model"
+    folder = tmp_path / "quickstart-output" / "model-1000"
     tokenizer = hf_ehr.EhrCodeTokenizer.from_codes(["ICD10CM/I10", "ICD10CM/E11"])
     torch.manual_seed(0)
     config = hf_ehr.MedBertConfig.tiny(vocab_size=len(tokenizer), num_labels=2)

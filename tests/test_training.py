@@ -75,7 +75,12 @@ def test_a_classifier_folder_loads_through_the_auto_classes_and_scores_as_in_tra
         alone = model(**inputs).logits.softmax(-1)[0, 1].item()
     assert alone == pytest.approx(training.predict(model, examples, tokenizer)[3], abs=1e-5)
     assert set(model.config.thresholds) == {"synthetic_outcome"}
-    assert not list(classifier.glob("examples"))
+
+
+def test_a_model_folder_holds_no_patients_and_no_pickle(pretrained, classifier):
+    for folder in (pretrained, classifier):
+        assert not [path for path in folder.rglob("*") if path.suffix in (".bin", ".arrow", ".parquet", ".pt")
+                    and "checkpoint-" not in str(path)]  # fmt: skip
 
 
 def test_evaluation_carries_every_mandatory_row_and_a_card(classifier, tmp_path):

@@ -148,6 +148,7 @@ def pretrain(data: DataArguments, options: PretrainArguments, training: Training
         trainer.save_model(training.output_dir)
         data.manifest(splits).save(_output(training) / SPLITS_FILE)
         _write_json(_output(training) / "pretraining.json", {"held_out": figures, **asdict(options)})
+        _leave_no_patients(_output(training))
     return figures
 
 
@@ -223,7 +224,7 @@ def finetune(data: DataArguments, options: FinetuneArguments, training: Training
         data.manifest(splits).save(output / SPLITS_FILE)
         settings = {name: getattr(training, name) for name in FINETUNE_SETTINGS}
         _write_json(output / FINETUNE_FILE, {"data": asdict(data), "options": asdict(options), "training": settings})
-        shutil.rmtree(output / "examples", ignore_errors=True)
+        _leave_no_patients(output)
     return output
 
 
@@ -398,6 +399,12 @@ def _checkpoint(training: TrainingArguments) -> str | None:
 
 def _output(training: TrainingArguments) -> Path:
     return Path(str(training.output_dir))
+
+
+def _leave_no_patients(folder: Path) -> None:
+    """A model folder holds no examples, and not the pickle of arguments with its local paths."""
+    shutil.rmtree(folder / "examples", ignore_errors=True)
+    (folder / "training_args.bin").unlink(missing_ok=True)
 
 
 def _write_json(path: Path, content: dict) -> None:
