@@ -179,6 +179,8 @@ def _plan(
         raise ValueError("The source `synthetic` reads nothing: leave out `input_dir` and `engine`.")
     if source != "synthetic" and (input_dir is None or not Path(input_dir).exists()):
         raise EhrDataError(f"`input_dir` must be an existing folder, got {input_dir}.")
+    if isinstance(source, str) and source != "synthetic":
+        source_function(source)
     files = [] if input_dir is None else _list_files(Path(input_dir), output)
     name = source if isinstance(source, str) else source.__name__
     job = {
@@ -271,7 +273,7 @@ def _stage(
                     _write_extract(connection, extract, folder, job["shards"])
         _write_labels(connection, described, staging)
     finally:
-        connection.con.disconnect()
+        connection.close()
     result = {"time_axis": described.time_axis, "warnings": described.warnings, "extracts": names}
     _write_json(done, result)
     return result

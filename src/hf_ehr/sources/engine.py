@@ -7,7 +7,9 @@ is and no row is dropped without a trace: what cannot be parsed ends in ``Scan.r
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -82,6 +84,7 @@ class Engine:
     con: Any
     name: Literal["duckdb", "spark"]
     folder: tempfile.TemporaryDirectory | Path  # keeps the tables that were read
+    owned: bool = True  # whether it was opened here
 
     @classmethod
     def connect(
@@ -112,12 +115,16 @@ class Engine:
             import ibis
 
             settings = {"memory_limit": memory_limit, "temp_directory": spill, "preserve_insertion_order": False}
-            con = ibis.duckdb.connect(**settings, **({"threads": threads} if threads else {}))
-        elif name == "spark":
-            con = _connect_spark(memory_limit, threads, spill)
-        else:
-            raise ValueError(f"`engine` must be 'duckdb' or 'spark', got {name!r}.")
-        return cls(con, name, folder)
+            return cls(ibis.duckdb.connect(**settings, **({"threads": threads} if threads else {})), name, folder)
+        if name == "spark":
+            con, joined = _connect_spark(memory_limit, threads, spill)
+            return cls(con, name, folder, owned=not joined)
+        raise ValueError(f"`engine` must be 'duckdb' or 'spark', got {name!r}.")
+
+    def close(self) -> None:
+        """Ends the connection, unless it joined a Spark session that somebody else runs."""
+        if self.owned:
+            self.con.disconnect()
 
     def scan(
         self,
@@ -151,7 +158,7 @@ class Engine:
         """
         with readable(path):
             if path.is_dir() or path.suffix == ".parquet":
-                raw = self.con.read_parquet(parquet_files(path))
+                raw = self._read_parquet(path)
                 parsed = self._parse(raw, _match_columns(raw, columns, path, header), columns, tuple(null_values))
             else:
                 delimiter = delimiter or ("\t" if ".tsv" in path.suffixes else ",")
@@ -185,7 +192,13 @@ class Engine:
                 shutil.rmtree(temporary)
             self.con.to_parquet(self._parse(raw, matched, columns, null_values), temporary)
             temporary.replace(kept)
-        return self.con.read_parquet(parquet_files(kept))
+        return self._read_parquet(kept)
+
+    def _read_parquet(self, path: Path) -> ir.Table:
+        files = parquet_files(path)
+        if self.name == "duckdb":
+            return self.con.read_parquet(files)
+        return self.con.read_parquet(str(path), recursiveFileLookup=True, pathGlobFilter="*.parquet")
 
     def _read_text(self, path: Path, names: list[str], delimiter: str, header: bool) -> ir.Table:
         if self.name == "duckdb":
@@ -278,7 +291,8 @@ def _match_columns(raw: ir.Table, columns: Mapping[str, Column], path: Path, hea
     return {name: present.get(name.lower()) for name in columns}
 
 
-def _connect_spark(memory_limit: str, threads: int | None, spill: str) -> Any:
+def _connect_spark(memory_limit: str, threads: int | None, spill: str) -> tuple[Any, bool]:
+    """(connection, whether the session was there before)."""
     import ibis
 
     try:
@@ -309,9 +323,11 @@ def _connect_spark(memory_limit: str, threads: int | None, spill: str) -> Any:
         conf.setIfMissing(key, value)
     conf.set("spark.sql.session.timeZone", "UTC")
     conf.set("spark.sql.parquet.outputTimestampType", "TIMESTAMP_MICROS")
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # else its workers run whatever `python3` is
+    joined = SparkSession.getActiveSession() is not None
     session = SparkSession.builder.config(conf=conf).getOrCreate()
     session.sparkContext.setLogLevel("ERROR")
-    return ibis.pyspark.connect(session)
+    return ibis.pyspark.connect(session), joined
 
 
 def reject(
