@@ -6,7 +6,6 @@ steps run and the report says what so few patients can show.
 
 from __future__ import annotations
 
-import logging
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
+from transformers.utils import logging as hf_logging
 
 from . import training
 from .evaluation import Comparison, compare, write_card, write_results
@@ -63,7 +63,8 @@ def quickstart(arguments: QuickstartArguments) -> Path:
     Raises:
         EhrDataError: The source cannot be read, or gives no task with both outcomes.
     """
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()  # of loading and saving; training keeps its own
     started, output = time.monotonic(), Path(arguments.output)
     data = _prepared(arguments, output / "data")
     task = arguments.task or ("synthetic_outcome" if arguments.source == "synthetic" else "readmission_30d")
