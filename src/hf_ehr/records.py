@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from hf_ehr.schema import (
     CODE_KINDS,
     DISPOSITIONS,
+    EVENT_SCHEMA,
     KINDS,
     MEASUREMENT,
     NOTE,
@@ -51,11 +52,15 @@ def assemble(shard: pa.Table) -> pa.Table:
     - Stays and measurements outside a visit stay in EVENTS only.
 
     Args:
-        shard: EVENTS, in any order; ``code`` and ``kind`` may be dictionary-encoded, which is the fast way.
+        shard: EVENTS, in any order; ``code`` and ``kind`` may be dictionary-encoded, which is the fast way. A nullable
+            column may be left out: it counts as null.
 
     Returns:
         RECORDS (``schema.RECORD_SCHEMA``), sorted by ``subject_id``.
     """
+    absent = [field for field in EVENT_SCHEMA if field.nullable and field.name not in shard.column_names]
+    for field in absent:
+        shard = shard.append_column(field, pa.nulls(shard.num_rows, field.type))
     events = _Events.of(shard)
     rows, visits = _group_visits(events)
     columns = _visit_columns(events, rows, visits)
@@ -94,6 +99,7 @@ class _Events:
     stay: np.ndarray
     position: np.ndarray
     available: np.ndarray
+    timed: bool  # whether any event says when it was available
     shard: pa.Table
 
     @classmethod
@@ -115,6 +121,7 @@ class _Events:
             stay=_integers(shard["stay_id"]),
             position=_integers(shard["position"], null=_LAST),
             available=_integers(shard["available_at"]),
+            timed=shard["available_at"].null_count < shard.num_rows,
             shard=shard,
         )
         events._place_in_visits()
@@ -263,30 +270,32 @@ def _visit_columns(events: _Events, rows: _Rows, visits: _Visits) -> list[pa.Arr
 
 def _availability(events: _Events, event: np.ndarray, number: np.ndarray, visits: _Visits, late: bool) -> np.ndarray:
     """When each code could be known; ``late`` codes are billing codes, known when the visit ends."""
+    if late and events.own_visit.all():
+        default = visits.end[number]
+    else:
+        billed = events.own_visit[event] if late else np.zeros(len(event), bool)
+        default = np.where(billed, visits.end[number], events.time[event])
+    if not events.timed:
+        return default
     available = events.available[event]
-    silent = available == _NULL
-    if silent.any():
-        available = np.where(silent, events.time[event], available)
-        if late:
-            billed = silent & events.own_visit[event]
-            available[billed] = visits.end[number[billed]]
-    return available
+    return np.where(available == _NULL, default, available)
 
 
 def _first_available(
     events: _Events, event: np.ndarray, number: np.ndarray, available: np.ndarray
 ) -> np.ndarray | None:
     """Mask of the events to keep of codes repeated within a visit; None where none repeats."""
-    key = number * len(events.codes) + events.code[event]
-    ordered = np.sort(key)
-    repeated = ordered[1:][ordered[1:] == ordered[:-1]]
-    if not len(repeated):
+    code = events.code[event]
+    order = sort_order([number, code])
+    rows = np.arange(len(code)) if order is None else order
+    new = _changes(number[rows], code[rows])
+    if new.all():
         return None
-    rows = np.flatnonzero(np.isin(key, repeated))
-    columns = [events.time[event[rows]], events.position[event[rows]], available[rows], key[rows]]
-    rows = rows[np.lexsort(columns)]
+    repeated = ~(new & np.append(new[1:], True))
+    rows, run = rows[repeated], np.cumsum(new[repeated])
+    rows = rows[np.lexsort([rows, available[rows], run])]  # rows ascend by position and time
     kept = np.ones(len(event), bool)
-    kept[rows[~_changes(key[rows])]] = False
+    kept[rows[~_changes(run)]] = False
     return kept
 
 
@@ -300,7 +309,7 @@ def _notes(events: _Events, rows: _Rows, visits: int) -> pa.Array:
 
 def _stays(events: _Events, rows: _Rows, visits: int) -> pa.Array:
     """Stays of every visit by start, with their measurements by hour."""
-    chosen = events.stay[rows.event] != _NULL
+    chosen = np.flatnonzero((events.stay != _NULL)[rows.event])
     event, number, kind = rows.event[chosen], rows.visit[chosen], rows.kind[chosen]
     order = np.lexsort([events.code[event], events.time[event], events.stay[event], number])
     event, number, kind = event[order], number[order], kind[order]
@@ -400,19 +409,25 @@ def sort_order(keys: Sequence[np.ndarray]) -> np.ndarray | None:
     if _in_order(keys):
         return None
     bits = [(key, *_span(key)) for key in keys]
-    order, rows = np.arange(len(keys[0])), np.arange(len(keys[0]))
-    rank = np.zeros(len(rows), np.uint64)
-    while len(rows) and bits:
-        index_bits = len(rows).bit_length()
+    order, places = None, None  # places: where in the order rows are still tied, None for everywhere
+    rank = np.zeros(len(keys[0]), np.uint64)
+    while len(rank) and bits:
+        index_bits = len(rank).bit_length()
         room = 64 - index_bits - int(rank[-1]).bit_length()
-        word, bits = _pack(rank, bits, room, order[rows])
-        word = (word << np.uint64(index_bits)) | np.arange(len(rows), dtype=np.uint64)
+        word, bits = _pack(rank, bits, room, None if order is None else order[places])
+        word <<= np.uint64(index_bits)
+        word |= np.arange(len(word), dtype=np.uint64)
         word.sort()
-        moved = order[rows[(word & np.uint64((1 << index_bits) - 1)).astype(np.int64)]]
-        order[rows] = moved
-        new = _changes(word >> np.uint64(index_bits))
-        tied = ~(new & np.append(new[1:], True))
-        rows, rank = rows[tied], (np.cumsum(new[tied]) - 1).astype(np.uint64)
+        index = (word & np.uint64((1 << index_bits) - 1)).view(np.int64)
+        word >>= np.uint64(index_bits)
+        new = _changes(word)
+        tied = np.flatnonzero(~(new & np.append(new[1:], True)))
+        if order is None:
+            order, places = index, tied
+        else:
+            order[places] = order[places[index]]
+            places = places[tied]
+        rank = (np.cumsum(new[tied]) - 1).astype(np.uint64)
     return order
 
 
@@ -431,20 +446,25 @@ def _span(key: np.ndarray) -> tuple[int, int]:
 
 
 def _pack(
-    word: np.ndarray, bits: list[tuple[np.ndarray, int, int]], room: int, rows: np.ndarray
+    rank: np.ndarray, bits: list[tuple[np.ndarray, int, int]], room: int, rows: np.ndarray | None
 ) -> tuple[np.ndarray, list[tuple[np.ndarray, int, int]]]:
-    """Appends up to ``room`` bits of the keys to ``word``: (the word, what is left as (key, lowest value, bits))."""
-    bits = list(bits)
-    while bits and room:
-        key, low, size = bits.pop(0)
+    """``rank`` followed by up to ``room`` bits of the keys: (words, what is left as (key, lowest value, bits))."""
+    word, left = rank.copy(), list(bits)
+    while left and room:
+        key, low, size = left.pop(0)
         taken = min(size, room)
-        value = key[rows].astype(np.int64, copy=False).view(np.uint64) - np.uint64(low % 2**64)
-        value = (value & np.uint64(2**size - 1)) >> np.uint64(size - taken)
-        word = (word << np.uint64(taken)) | value
+        if taken:
+            value = (key if rows is None else key[rows]).astype(np.int64).view(np.uint64)
+            value -= np.uint64(low % 2**64)
+            if taken < size or size < key.itemsize * 8:  # the bits above were used up in a round before
+                value &= np.uint64(2**size - 1)
+            value >>= np.uint64(size - taken)
+            word <<= np.uint64(taken)
+            word |= value
         room -= taken
         if taken < size:
-            bits.insert(0, (key, low, size - taken))
-    return word, bits
+            left.insert(0, (key, low, size - taken))
+    return word, left
 
 
 def _encode(column: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
@@ -458,9 +478,10 @@ def _encode(column: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
 
 
 def _integers(column: pa.ChunkedArray, null: int = int(_NULL)) -> np.ndarray:
+    if column.null_count == len(column):
+        return np.broadcast_to(np.int64(null), len(column))  # takes no memory
     if pa.types.is_timestamp(column.type):
-        column = column.cast(pa.timestamp("us", column.type.tz)) if column.type.unit != "us" else column
-    column = column.cast(pa.int64())
+        column = column.cast(pa.timestamp("us", column.type.tz)).cast(pa.int64())
     return (pc.fill_null(column, null) if column.null_count else column).to_numpy()
 
 
