@@ -13,9 +13,8 @@ import multiprocessing
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -30,7 +29,6 @@ from hf_ehr.schema import (
     CODE_KINDS,
     EVENT_SCHEMA,
     KINDS,
-    LABEL_SCHEMA,
     REJECTED_SCHEMA,
     DatasetInfo,
     EhrDataError,
@@ -43,7 +41,7 @@ from hf_ehr.schema import (
 )
 
 if TYPE_CHECKING:
-    from hf_ehr.sources.engine import Engine, Source
+    from hf_ehr.sources.engine import Source
 
 EVENTS_PER_SHARD = 5_000_000
 """Aimed at by the default number of shards: a worker needs some 250 bytes an event."""
@@ -99,7 +97,13 @@ def prepare(
     if job["source"] == "synthetic":
         described: dict[str, Any] = {"time_axis": "calendar", "warnings": [], "extracts": []}
     else:
-        described = _stage(source, job, staging, engine, progress)
+        from hf_ehr.sources._staging import stage_tables
+
+        function = source_function(source) if isinstance(source, str) else source
+        described = stage_tables(
+            function, Path(job["input_dir"]), job["options"], staging,
+            engine=engine, shards=job["shards"], progress=progress,
+        )  # fmt: skip
     summaries = _finish_shards(job, output, described["extracts"], workers, progress)
     if job["source"] == "synthetic":
         _label_synthetic(output, staging)
@@ -232,6 +236,7 @@ def _is_whole(output: Path, fingerprint: str, overwrite: bool) -> bool:
             shutil.rmtree(output / name, ignore_errors=True)
         (output / "rejected.parquet").unlink(missing_ok=True)
     elif marker.is_file():
+        shutil.rmtree(output / STAGING, ignore_errors=True)
         return True
     _write_json(plan, {"fingerprint": fingerprint})
     return False
@@ -240,90 +245,6 @@ def _is_whole(output: Path, fingerprint: str, overwrite: bool) -> bool:
 def _write_json(path: Path, content: Any) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(content, default=str))
-
-
-# Stage 1: tables → staged events
-
-
-def _stage(
-    source: str | Callable[..., Source], job: dict[str, Any], staging: Path, engine: Any, progress: bool
-) -> dict[str, Any]:
-    """Stages every extract that is not there yet; returns what stage 2 needs to know of the source."""
-    done = staging / "source.json"
-    if done.is_file():
-        return json.loads(done.read_text())
-    from tqdm import tqdm
-
-    from hf_ehr.sources.engine import Engine
-
-    function = source_function(source) if isinstance(source, str) else source
-    tables = staging / "tables"
-    tables.mkdir(parents=True, exist_ok=True)
-    connection = Engine.connect(engine, temp_directory=tables)
-    try:
-        described = function(connection, Path(job["input_dir"]), **job["options"])
-        names = [extract.name for extract in described.extracts]
-        repeated = [name for name, count in Counter(names).items() if count > 1]
-        if repeated:
-            raise ValueError(f"Extracts of a source must have different names, got {repeated} more than once.")
-        for extract in tqdm(described.extracts, desc="tables", unit="table", disable=not progress):
-            target = staging / f"extract-{extract.name}"
-            if not target.is_dir():
-                with _whole_folder(target) as folder, _data_errors(extract.name):
-                    _write_extract(connection, extract, folder, job["shards"])
-        _write_labels(connection, described, staging)
-    finally:
-        connection.close()
-    result = {"time_axis": described.time_axis, "warnings": described.warnings, "extracts": names}
-    _write_json(done, result)
-    return result
-
-
-@contextmanager
-def _whole_folder(target: Path) -> Iterator[Path]:
-    """A folder that takes its name only when it is complete."""
-    folder = target.with_name(f".{target.name}")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    yield folder
-    folder.replace(target)
-
-
-@contextmanager
-def _data_errors(name: str) -> Iterator[None]:
-    from hf_ehr.sources.engine import readable
-
-    with readable(Path(name)):
-        yield
-
-
-def _write_extract(engine: Engine, extract: Any, folder: Path, shards: int) -> None:
-    subject = extract.events["subject_id"]
-    events = extract.events.mutate(shard=(subject % shards + shards) % shards)
-    if engine.name == "duckdb":
-        engine.con.raw_sql(f"SET partitioned_write_flush_threshold = {max(10_000, 2_000_000 // shards)}")
-        engine.con.to_parquet(events, folder / "events", partition_by="shard")
-    else:
-        engine.con.to_parquet(events, folder / "events", partitionBy="shard")
-    if extract.rejected:
-        import ibis
-
-        rejected = extract.rejected[0] if len(extract.rejected) == 1 else ibis.union(*extract.rejected)
-        write_parquet(rejected.to_pyarrow().cast(REJECTED_SCHEMA), folder / "rejected.parquet")
-
-
-def _write_labels(engine: Engine, source: Source, staging: Path) -> None:
-    for name, labels in source.labels.items():
-        table = labels.to_pyarrow().select(LABEL_SCHEMA.names).cast(LABEL_SCHEMA)
-        write_parquet(validate_labels(table), staging / "labels" / f"{name}.parquet")
-
-
-def _label_synthetic(output: Path, staging: Path) -> None:
-    """The outcome that the truth holds, as LABELS."""
-    from hf_ehr.sources.synthetic import TASK, labels
-
-    parts = [labels(pq.read_table(path)) for path in shard_paths(output, "truth")]
-    write_parquet(validate_labels(pa.concat_tables(parts)), staging / "labels" / f"{TASK}.parquet")
 
 
 # Stage 2: staged events → shards
@@ -431,6 +352,14 @@ def _sort_key(column: pa.ChunkedArray, name: str) -> np.ndarray:
     if column.null_count:
         column = pc.fill_null(column, (pc.min(column).as_py() or 0) - 1)
     return column.to_numpy()
+
+
+def _label_synthetic(output: Path, staging: Path) -> None:
+    """The outcome that the truth holds, as LABELS."""
+    from hf_ehr.sources.synthetic import TASK, labels
+
+    parts = [labels(pq.read_table(path)) for path in shard_paths(output, "truth")]
+    write_parquet(validate_labels(pa.concat_tables(parts)), staging / "labels" / f"{TASK}.parquet")
 
 
 # Summary

@@ -409,7 +409,8 @@ def sort_order(keys: Sequence[np.ndarray]) -> np.ndarray | None:
     if _in_order(keys):
         return None
     bits = [(key, *_span(key)) for key in keys]
-    order, places = None, None  # places: where in the order rows are still tied, None for everywhere
+    order: np.ndarray | None = None
+    places: np.ndarray | None = None  # where in the order rows are still tied; None for everywhere
     rank = np.zeros(len(keys[0]), np.uint64)
     while len(rank) and bits:
         index_bits = len(rank).bit_length()
@@ -422,7 +423,7 @@ def sort_order(keys: Sequence[np.ndarray]) -> np.ndarray | None:
         word >>= np.uint64(index_bits)
         new = _changes(word)
         tied = np.flatnonzero(~(new & np.append(new[1:], True)))
-        if order is None:
+        if order is None or places is None:
             order, places = index, tied
         else:
             order[places] = order[places[index]]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_ehr.schema import BIRTH_CODE, DEATH_CODE
+from hf_ehr.sources._codes import has_icd_shape, icd
 from hf_ehr.sources.engine import Column, Engine, Extract, as_events, find_table, reject
 
 if TYPE_CHECKING:
@@ -45,28 +46,16 @@ VISIT_KINDS = {
 """ADMISSION_TYPEs that are no inpatient admission: an observation stay is outpatient care in US billing, the ``EU``
 one is spent in the emergency department. OBSERVATION ADMIT ended in an admission, so it is inpatient."""
 
-ICD_PATTERNS = {
-    "ICD9CM": r"^([0-9]{3,5}|V[0-9]{2,4}|E[0-9]{3,4})$",
-    "ICD9Proc": r"^[0-9]{2,4}$",
-    "ICD10CM": r"^[A-Z][0-9][0-9A-Z]{1,5}$",
-    "ICD10PCS": r"^[0-9A-HJ-NP-Z]{7}$",
-}
-"""What an undotted code looks like; a code that lost its leading zeros mostly fails here."""
+_ICD10PCS = "^[0-9A-HJ-NP-Z]{7}$"
 
 
 def dotted(code: ir.StringValue, vocabulary: str) -> ir.StringValue:
     """``4280`` → ``ICD9CM/428.0``, ``E8500`` → ``ICD9CM/E850.0``, ``3995`` → ``ICD9Proc/39.95``; null if malformed."""
     import ibis
 
-    code = code.upper().replace(".", "")
-    code = ibis.ifelse(code.re_search(ICD_PATTERNS[vocabulary]), code, ibis.null("string"))
-    if vocabulary == "ICD10PCS":
-        return "ICD10PCS/" + code
-    head = {"ICD9Proc": ibis.literal(2), "ICD10CM": ibis.literal(3)}.get(vocabulary)
-    if head is None:
-        head = ibis.ifelse(code.startswith("E"), 4, 3)
-    with_point = code.substr(0, head) + "." + code.substr(head)
-    return f"{vocabulary}/" + ibis.ifelse(code.length() > head, with_point, code)
+    code = icd(vocabulary, code.upper())
+    good = code.re_search(_ICD10PCS) if vocabulary == "ICD10PCS" else has_icd_shape(vocabulary, code)
+    return f"{vocabulary}/" + ibis.ifelse(good, code, ibis.null("string"))
 
 
 def read_admissions(engine: Engine, path: Path, race: str) -> tuple[ir.Table, list[ir.Table]]:
