@@ -14,6 +14,7 @@ from typing import cast
 import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 from transformers.utils import logging as hf_logging
 
@@ -63,6 +64,7 @@ def quickstart(arguments: QuickstartArguments) -> Path:
     Raises:
         EhrDataError: The source cannot be read, or gives no task with both outcomes.
     """
+    torch.set_num_threads(1)  # so small a model gains nothing from more, and they stall beside any other work
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()  # of loading and saving; training keeps its own
     started, output = time.monotonic(), Path(arguments.output)
@@ -163,8 +165,6 @@ def _score_one(model: Path, data: DataArguments) -> None:
     records = pq.read_table(shard_paths(data.data, "records")[0])
     record = records.filter(pc.greater(pc.list_value_length(records["visits"]), 1)).slice(0, 1).to_pylist()[0]
     inputs = {name: [ids] for name, ids in tokenizer.encode_patient(record).items()}
-    import torch
-
     with torch.no_grad():
         logits = classifier(**{name: torch.tensor(ids) for name, ids in inputs.items()}).logits
     name, threshold = next(iter(classifier.config.thresholds.items()))
