@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_ehr.records import assemble
+from hf_ehr.records import assemble, sort_order
 from hf_ehr.schema import CODE_KINDS, EVENT_SCHEMA, RECORD_SCHEMA, check_schema, validate_events
 
 from .builders import day
@@ -118,11 +118,41 @@ def test_codes_without_a_visit_are_grouped_by_calendar_day():
     assert visit["diagnoses_at"] == [day(40.25), day(40.75)]  # no visit: known when it happened
 
 
-def test_days_before_1970_keep_their_events_together():
-    before = (datetime(1969, 12, 30) - day(0)) / timedelta(days=1)
-    (record,) = records_of([event(1, "diagnosis", "A/1", before + 0.1), event(1, "diagnosis", "A/2", before + 0.9)])
-    (visit,) = record["visits"]
-    assert visit["diagnoses"] == ["A/1", "A/2"]
+def test_days_before_1970_are_days_too():
+    epoch = (datetime(1970, 1, 1) - day(0)) / timedelta(days=1)
+    hours = {"A/1": -20, "A/2": -4, "A/3": 4}
+    (record,) = records_of([event(1, "diagnosis", code, epoch + hour / 24) for code, hour in hours.items()])
+    assert [visit["diagnoses"] for visit in record["visits"]] == [["A/1", "A/2"], ["A/3"]]
+
+
+@pytest.mark.parametrize("with_more", [False, True])
+def test_codes_that_do_not_say_so_are_known_at_the_end_of_their_visit_and_drugs_at_once(with_more):
+    rows = [
+        *admitted(1, 8, 0, 9),
+        event(1, "diagnosis", "A/1", 2, visit_id=8),
+        event(1, "procedure", "A/2", 3, visit_id=8),
+    ]
+    rows += [event(1, "medication", "A/3", 4, visit_id=8)]
+    if with_more:
+        rows += [event(1, "diagnosis", "A/4", 20), event(1, "diagnosis", "A/5", 2, visit_id=8, available_at=1)]
+    visit = records_of(rows)[0]["visits"][0]
+    assert visit["diagnoses_at"] == [day(9), day(1)][: len(visit["diagnoses"])]
+    assert (visit["procedures_at"], visit["medications_at"]) == ([day(9)], [day(4)])
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    rows=st.lists(st.tuples(*[st.sampled_from([-(2**63), -5, 0, 1, 2**40, 2**63 - 1])] * 3), min_size=1, max_size=40),
+    low_bits=st.lists(st.integers(0, 2**20), min_size=40, max_size=40),
+)
+def test_packed_words_sort_as_their_keys_do(rows, low_bits):
+    keys = [np.array(column) for column in zip(*rows, strict=True)] + [np.array(low_bits[: len(rows)])]
+    order = sort_order(keys)
+    order = np.arange(len(rows)) if order is None else order
+    assert sorted(order) == list(range(len(rows)))
+    expected = np.lexsort(keys[::-1])
+    for key in keys:
+        assert key[order].tolist() == key[expected].tolist()
 
 
 def test_a_visit_without_discharge_ends_with_its_last_event():
