@@ -46,7 +46,7 @@ VISIT_KINDS = {
 """ADMISSION_TYPEs that are no inpatient admission: an observation stay is outpatient care in US billing, the ``EU``
 one is spent in the emergency department. OBSERVATION ADMIT ended in an admission, so it is inpatient."""
 
-_ICD10PCS = "^[0-9A-HJ-NP-Z]{7}$"
+ICD10PCS_SHAPE = "^[0-9A-HJ-NP-Z]{7}$"
 
 
 def dotted(code: ir.StringValue, vocabulary: str) -> ir.StringValue:
@@ -54,7 +54,7 @@ def dotted(code: ir.StringValue, vocabulary: str) -> ir.StringValue:
     import ibis
 
     code = icd(vocabulary, code.upper())
-    good = code.re_search(_ICD10PCS) if vocabulary == "ICD10PCS" else has_icd_shape(vocabulary, code)
+    good = code.re_search(ICD10PCS_SHAPE) if vocabulary == "ICD10PCS" else has_icd_shape(vocabulary, code)
     return f"{vocabulary}/" + ibis.ifelse(good, code, ibis.null("string"))
 
 

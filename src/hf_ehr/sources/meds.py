@@ -228,7 +228,7 @@ def _spell(vocabulary: str, code: str) -> str | None:
     if vocabulary.startswith("ICD"):
         code = code.upper()
         if vocabulary == "ICD10PCS":
-            return f"ICD10PCS/{code}" if re.search(_mimic.ICD_PATTERNS[vocabulary], code) else None
+            return f"ICD10PCS/{code}" if re.search(_mimic.ICD10PCS_SHAPE, code) else None
         named = f"{vocabulary}/{code_hierarchy.dotted(vocabulary, code)}"
         return named if code_hierarchy.is_valid(named) else None
     if vocabulary == "Sex" and code.upper() in ("F", "M", "FEMALE", "MALE"):
