@@ -43,11 +43,11 @@ from hf_ehr.schema import (
 if TYPE_CHECKING:
     from hf_ehr.sources.engine import Source
 
-EVENTS_PER_SHARD = 5_000_000
-"""Aimed at by the default number of shards: a worker needs some 250 bytes an event."""
+EVENTS_PER_SHARD = 3_000_000
+"""Aimed at by the default number of shards: two workers and the driver then stay below 3 GiB."""
 BYTES_PER_EVENT = 8
 """Of compressed input; uncompressed text is counted as a fifth. Too low means smaller shards, never larger ones."""
-SYNTHETIC_EVENTS_PER_PATIENT = 150
+SYNTHETIC_EVENTS_PER_PATIENT = 45
 STAGING = ".staging"
 OUTPUTS = ("events", "records", "truth", "labels")
 _CODE_EVENTS = {name.removesuffix("s") if name != "diagnoses" else "diagnosis" for name in CODE_KINDS}
@@ -358,7 +358,8 @@ def _label_synthetic(output: Path, staging: Path) -> None:
     """The outcome that the truth holds, as LABELS."""
     from hf_ehr.sources.synthetic import TASK, labels
 
-    parts = [labels(pq.read_table(path)) for path in shard_paths(output, "truth")]
+    columns = ["subject_id", "prediction_time", "label"]
+    parts = [labels(pq.read_table(path, columns=columns)) for path in shard_paths(output, "truth")]
     write_parquet(validate_labels(pa.concat_tables(parts)), staging / "labels" / f"{TASK}.parquet")
 
 
