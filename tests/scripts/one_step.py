@@ -53,6 +53,8 @@ def main(output: Path) -> None:
         Trainer(model, arguments, lambda rows: rows[0], train_dataset=dataset).train()
         if int(os.environ.get("RANK", 0)) == 0:
             torch.save(model.state_dict(), output / f"{model_class.__name__}-{ranks}.pt")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # without it a rank may abort while it exits
 
 
 if __name__ == "__main__":

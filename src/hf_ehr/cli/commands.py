@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_ehr import evaluation, training
@@ -121,6 +122,12 @@ def quickstart(words: list[str]) -> None:
     quickstart_run.quickstart(arguments)
 
 
+def leave_ranks() -> None:
+    """Ends the process group of a run on several ranks; without it a rank may abort while it exits."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def _parse(command: str, example: str, words: list[str], *kinds: Any, defaults: dict | None = None) -> tuple:
     parser = HfArgumentParser(kinds, prog=f"hf-ehr {command}", epilog=f"example: {example}")
     parser.set_defaults(**(defaults or {}))
@@ -150,4 +157,4 @@ def _json(text: str, name: str) -> dict:
         raise ValueError(f"`{name}` must be a JSON object, got {text!r}: {error}.") from error
 
 
-__all__ = ["Path", "evaluate", "finetune", "fit_tokenizer", "prepare", "pretrain", "quickstart"]
+__all__ = ["Path", "evaluate", "finetune", "fit_tokenizer", "leave_ranks", "prepare", "pretrain", "quickstart"]

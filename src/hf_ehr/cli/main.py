@@ -55,6 +55,7 @@ def run(command: str, words: list[str]) -> int:
 
     function = getattr(commands, command.replace("-", "_"))
     function(_with_config(words))
+    commands.leave_ranks()
     return 0
 
 
