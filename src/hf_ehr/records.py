@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +31,9 @@ from hf_ehr.schema import (
 
 DAY_VISIT_BASE = 1_000_000
 """``visit_id = -(epoch day + DAY_VISIT_BASE)`` of the visits made for events without one."""
+
+BLOCK = 1_000_000
+"""Rows assembled at a time: large enough for whole-array steps, small enough for their memory to be used again."""
 
 _KIND = {name: number for number, name in enumerate(KINDS)}
 _CODE_KINDS = [_KIND[name.removesuffix("s") if name != "diagnoses" else "diagnosis"] for name in CODE_KINDS]
@@ -61,12 +65,26 @@ def assemble(shard: pa.Table) -> pa.Table:
     absent = [field for field in EVENT_SCHEMA if field.nullable and field.name not in shard.column_names]
     for field in absent:
         shard = shard.append_column(field, pa.nulls(shard.num_rows, field.type))
-    events = _Events.of(shard)
+    order = sort_order([_integers(shard["subject_id"])])
+    if order is not None:
+        shard = shard.unify_dictionaries().combine_chunks().take(pa.array(order))
+    codes, code = _Codes.of(shard["code"])
+    edges = _block_edges(_integers(shard["subject_id"]))
+    blocks = [_assemble_block(shard.slice(a, b - a), codes, code[a:b]) for a, b in pairwise(edges)]
+    return pa.concat_tables([RECORD_SCHEMA.empty_table(), *blocks])
+
+
+def _block_edges(subject: np.ndarray) -> list[int]:
+    """Row numbers that cut a shard sorted by subject into blocks of whole patients."""
+    wanted = range(BLOCK, len(subject), BLOCK)
+    return sorted({0, len(subject), *(int(np.searchsorted(subject, subject[row])) for row in wanted)})
+
+
+def _assemble_block(shard: pa.Table, codes: _Codes, code: np.ndarray) -> pa.Table:
+    events = _Events.of(shard, codes, code)
     rows, visits = _group_visits(events)
-    columns = _visit_columns(events, rows, visits)
-    subjects = np.unique(np.concatenate([visits.subject, events.subject[events.kind <= _KIND["birth"]],
-                                         events.subject[events.kind == _KIND["death"]]]))  # fmt: skip
-    nested = pa.StructArray.from_arrays(columns, fields=list(VISIT))
+    nested = pa.StructArray.from_arrays(_visit_columns(events, rows, visits), fields=list(VISIT))
+    subjects = events.subject[_changes(events.subject)]
     offsets = np.append(np.searchsorted(visits.subject, subjects), len(visits.subject))
     fields = {
         "subject_id": pa.array(subjects),
@@ -86,14 +104,35 @@ def assemble_partition(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordB
 
 
 @dataclass
+class _Codes:
+    """The distinct codes of a shard, sorted."""
+
+    names: pa.Array
+    tails: pa.Array  # what follows the slash
+    fields: np.ndarray  # row in STATIC_FIELDS of what precedes it, -1 if none
+
+    @classmethod
+    def of(cls, column: pa.ChunkedArray) -> tuple[_Codes, np.ndarray]:
+        """(the codes, row of each event's code)."""
+        index, names = _encode(column)
+        order = pc.array_sort_indices(names)
+        rank = np.empty(len(names), np.int32)
+        rank[order.to_numpy()] = np.arange(len(names), dtype=np.int32)
+        names = names.take(order)
+        heads = pc.replace_substring_regex(names, "/.*", "")
+        fields = pc.fill_null(pc.index_in(heads, value_set=pa.array(list(STATIC_FIELDS))), -1).to_numpy()
+        return cls(names, pc.replace_substring_regex(names, "^[^/]*/", ""), fields), rank[index]
+
+
+@dataclass
 class _Events:
-    """The columns of a shard as flat arrays, one entry per event. Times are microseconds, ``_NULL`` where null."""
+    """The columns of a block as flat arrays, one entry per event. Times are microseconds, ``_NULL`` where null."""
 
     subject: np.ndarray
     time: np.ndarray
     kind: np.ndarray  # number in KINDS
     code: np.ndarray  # row of `codes`
-    codes: pa.Array  # distinct codes, sorted
+    codes: _Codes
     visit: np.ndarray  # visit id, made up from the day where the event has none, _NULL where it belongs to no visit
     own_visit: np.ndarray  # whether the event came with a visit id
     stay: np.ndarray
@@ -103,19 +142,15 @@ class _Events:
     shard: pa.Table
 
     @classmethod
-    def of(cls, shard: pa.Table) -> _Events:
-        code, codes = _encode(shard["code"])
-        rank = np.empty(len(codes), np.int32)
-        order = pc.array_sort_indices(codes).to_numpy()
-        rank[order] = np.arange(len(codes), dtype=np.int32)
+    def of(cls, shard: pa.Table, codes: _Codes, code: np.ndarray) -> _Events:
         kind, kinds = _encode(shard["kind"])
         numbers = pc.fill_null(pc.index_in(kinds, value_set=pa.array(KINDS)), -1).to_numpy(zero_copy_only=False)
         events = cls(
             subject=_integers(shard["subject_id"]),
             time=_integers(shard["time"]),
             kind=numbers.astype(np.int8)[kind],
-            code=rank[code],
-            codes=codes.take(pa.array(order)),
+            code=code,
+            codes=codes,
             visit=_integers(shard["visit_id"]),
             own_visit=_valid(shard["visit_id"]),
             stay=_integers(shard["stay_id"]),
@@ -262,7 +297,7 @@ def _visit_columns(events: _Events, rows: _Rows, visits: _Visits) -> list[pa.Arr
         if kept is not None:
             event, number, available = event[kept], number[kept], available[kept]
         offsets = _offsets(number, len(visits.visit))
-        codes = events.codes.take(pa.array(events.code[event]))
+        codes = events.codes.names.take(pa.array(events.code[event]))
         columns[name] = _lists(offsets, codes, pa.string())
         columns[f"{name}_at"] = _lists(offsets, _timestamps(available), TIMESTAMP)
     return [columns[field.name] for field in VISIT]
@@ -303,7 +338,8 @@ def _notes(events: _Events, rows: _Rows, visits: int) -> pa.Array:
     event, number = rows.of_kind(_KIND["note"])
     order = np.lexsort([events.code[event], events.time[event], number])
     event, number = event[order], number[order]
-    columns = [_timestamps(events.time[event]), _tails(events).take(pa.array(events.code[event])), events.text(event)]
+    category = events.codes.tails.take(pa.array(events.code[event]))
+    columns = [_timestamps(events.time[event]), category, events.text(event)]
     return _lists(_offsets(number, visits), pa.StructArray.from_arrays(columns, fields=list(NOTE)), NOTE)
 
 
@@ -332,7 +368,7 @@ def _stays(events: _Events, rows: _Rows, visits: int) -> pa.Array:
 
 def _measurements(events: _Events, event: np.ndarray, stay: np.ndarray, start: np.ndarray) -> pa.Array:
     hour = ((events.time[event] - start[stay]) / _HOUR).astype(np.float32)
-    names = events.codes.take(pa.array(events.code[event]))
+    names = events.codes.names.take(pa.array(events.code[event]))
     columns = [pa.array(hour), names, events.value(event), events.text(event)]
     values = pa.StructArray.from_arrays(columns, fields=list(MEASUREMENT))
     return _lists(_offsets(stay, len(start)), values, MEASUREMENT)
@@ -359,17 +395,14 @@ def _visits_of_stays(events: _Events) -> None:
 def _statics(events: _Events, subjects: np.ndarray) -> dict[str, pa.Array]:
     """The demographic fields; of several values of a field the first in alphabetical order counts."""
     rows = np.flatnonzero(events.kind == _KIND["static"])
-    vocabularies = pc.replace_substring_regex(events.codes, "/.*", "")
-    field = pc.fill_null(pc.index_in(vocabularies, value_set=pa.array(list(STATIC_FIELDS))), -1).to_numpy()
-    tails = _tails(events)
     result = {}
     for number, name in enumerate(STATIC_FIELDS.values()):
-        mine = rows[field[events.code[rows]] == number]
+        mine = rows[events.codes.fields[events.code[rows]] == number]
         mine = mine[np.lexsort([events.code[mine], events.subject[mine]])]
         mine = mine[_changes(events.subject[mine])]
         code = np.full(len(subjects), -1)
         code[np.searchsorted(subjects, events.subject[mine])] = events.code[mine]
-        result[name] = tails.take(pa.array(code, mask=code < 0))
+        result[name] = events.codes.tails.take(pa.array(code, mask=code < 0))
     return result
 
 
@@ -382,14 +415,13 @@ def _first_time(events: _Events, subjects: np.ndarray, kind: str) -> pa.Array:
 
 def _suffixes(events: _Events, event: np.ndarray, allowed: tuple[str, ...]) -> pa.Array:
     """What follows the slash in each event's code, ``unknown`` if not ``allowed``, null where there is no event."""
-    tails = _tails(events)
+    there = event >= 0
+    distinct, index = np.unique(events.code[event[there]], return_inverse=True)
+    tails = events.codes.tails.take(pa.array(distinct))
     tails = pc.if_else(pc.is_in(tails, value_set=pa.array(allowed)), tails, "unknown")
-    code = events.code[event] if len(events.code) else event
-    return tails.take(pa.array(code, mask=event < 0))
-
-
-def _tails(events: _Events) -> pa.Array:
-    return pc.replace_substring_regex(events.codes, "^[^/]*/", "")
+    rows = np.full(len(event), -1)
+    rows[there] = index
+    return tails.take(pa.array(rows, mask=~there))
 
 
 def _optional(values, event: np.ndarray, dtype: pa.DataType) -> pa.Array:
@@ -420,15 +452,15 @@ def sort_order(keys: Sequence[np.ndarray]) -> np.ndarray | None:
         word |= np.arange(len(word), dtype=np.uint64)
         word.sort()
         index = (word & np.uint64((1 << index_bits) - 1)).view(np.int64)
-        word >>= np.uint64(index_bits)
-        new = _changes(word)
-        tied = np.flatnonzero(~(new & np.append(new[1:], True)))
         if order is None or places is None:
-            order, places = index, tied
+            order = index
         else:
             order[places] = order[places[index]]
-            places = places[tied]
-        rank = (np.cumsum(new[tied]) - 1).astype(np.uint64)
+        if bits:
+            new = _changes(word >> np.uint64(index_bits))
+            tied = np.flatnonzero(~(new & np.append(new[1:], True)))
+            places = tied if places is None else places[tied]
+            rank = (np.cumsum(new[tied]) - 1).astype(np.uint64)
     return order
 
 
