@@ -1,4 +1,4 @@
-"""Goal G9: code strings to ids. Rivals and ours in one process, round by round, CPU seconds.
+"""Goal G9: code strings to ids. Rivals and ours in one process, round by round, wall seconds on all cores.
 
     python benchmarks/codes_to_ids.py --codes 10000000
 
@@ -58,7 +58,7 @@ def contenders(count: int) -> dict[str, tuple[int, Callable[[], object]]]:
 
 
 def main() -> None:
-    """Prints millions of codes a CPU second and the paired ratios to the rivals (medians over the rounds)."""
+    """Prints millions of codes a second and the paired ratios to the rivals (medians over the rounds)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--codes", type=int, default=10_000_000, help="codes in the column (default: %(default)s)")
     parser.add_argument(
@@ -70,9 +70,9 @@ def main() -> None:
     rates: dict[str, list[float]] = {name: [] for name in competing}
     for _ in range(arguments.rounds):
         for name, (count, run) in competing.items():
-            start = time.process_time()
+            start = time.perf_counter()
             run()
-            rates[name].append(count / (time.process_time() - start) / 1e6)
+            rates[name].append(count / (time.perf_counter() - start) / 1e6)
     print(f"{'':34}{'M codes/s':>10}" + "".join(f"{f'x {rival}':>24}" for rival in RIVALS))
     for name, measured in rates.items():
         ratios = [median(own / other for own, other in zip(measured, rates[rival], strict=True)) for rival in RIVALS]

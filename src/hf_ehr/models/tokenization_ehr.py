@@ -6,8 +6,10 @@ up directly, in bulk for whole Arrow columns. The class defines no ``__init__``:
 vocabulary while loading.
 """
 
+import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from importlib import import_module
 from itertools import pairwise
@@ -31,6 +33,7 @@ SPECIAL_TOKENS = {
 }
 MAX_VISITS = 999  # Med-BERT's visit table has 1,000 rows and row 0 is padding
 NO_ID = -1
+PIECE = 1_000_000  # strings that one thread looks up at a time
 
 
 class EncodedColumn(NamedTuple):
@@ -229,12 +232,20 @@ class EhrCodeTokenizer(PreTrainedTokenizerFast):
         compute = import_module("pyarrow.compute")
         if str(codes.type) == "string_view":  # the one kind that `index_in` does not take
             codes = codes.cast("string")
-        rows = compute.index_in(codes, value_set=table.as_arrow()[0])
-        if rows.null_count:
-            for code in compute.unique(codes.filter(rows.is_null())).to_pylist():
-                table[code]  # looked up to be remembered
-            rows = compute.index_in(codes, value_set=table.as_arrow()[0])
-        return table.as_arrow()[1].take(rows).to_numpy()
+
+        def rows_of(piece: Any) -> Any:
+            return compute.index_in(piece, value_set=table.as_arrow()[0])
+
+        pieces = [codes.slice(start, PIECE) for start in range(0, len(codes), PIECE)]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Arrow's look-up lets other threads run
+            rows = list(pool.map(rows_of, pieces))
+            partly = [(piece, found) for piece, found in zip(pieces, rows, strict=True) if found.null_count]
+            for piece, found in partly:
+                for code in compute.unique(piece.filter(found.is_null())).to_pylist():
+                    table[code]  # looked up to be remembered
+            if partly:
+                rows = list(pool.map(rows_of, pieces))
+            return np.concatenate(list(pool.map(lambda found: table.as_arrow()[1].take(found).to_numpy(), rows)))
 
     def _visits(self, patient: Sequence[Iterable[str]] | Mapping) -> list[list[str]]:
         visits = patient["visits"] if isinstance(patient, Mapping) else patient
