@@ -29,8 +29,29 @@ FLOORS = (
     {"sources", "records", "ontology", "vocabulary", "notes", "hourly", "tasks"},
     {"prepare", "datasets", "_histories"},
     {"samplers", "collators"},
-    {"metrics", "_scores", "intervals", "baselines", "visualization"},
-    {"", "reports", "hub", "pipelines", "training", "evaluation", "quickstart", "cli"},
+    {
+        "metrics",
+        "_scores",
+        "intervals",
+        "baselines",
+        "code_embeddings",
+        "visualization",
+        "attention_maps",
+        "attention_page",
+    },
+    {
+        "",
+        "reports",
+        "hub",
+        "pipelines",
+        "training",
+        "evaluation",
+        "quickstart",
+        "transfer",
+        "convert",
+        "experiments",
+        "cli",
+    },
 )
 """A file sees its own floor and those before it; the empty name is the package's ``__init__``."""
 TOP = FLOORS[-1]
