@@ -26,7 +26,7 @@ DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")
 
 FLOORS = (
     {"version", "schema"},
-    {"sources", "records", "ontology", "vocabulary", "notes", "hourly", "tasks"},
+    {"sources", "records", "_sorting", "_event_columns", "ontology", "vocabulary", "notes", "hourly", "tasks"},
     {"prepare", "datasets", "_histories"},
     {"samplers", "collators"},
     {

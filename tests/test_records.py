@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_ehr.records import assemble, sort_order
+from hf_ehr._sorting import sort_order
+from hf_ehr.records import assemble
 from hf_ehr.schema import CODE_KINDS, EVENT_SCHEMA, RECORD_SCHEMA, check_schema, validate_events
 
 from .builders import day

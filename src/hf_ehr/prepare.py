@@ -24,7 +24,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from hf_ehr.records import assemble, sort_order
+from hf_ehr._sorting import sort_order
+from hf_ehr.records import assemble
 from hf_ehr.schema import (
     CODE_KINDS,
     EVENT_SCHEMA,
