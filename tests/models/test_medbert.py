@@ -19,6 +19,7 @@ from hf_ehr import (
     MedBertForSequenceClassification,
     MedBertModel,
 )
+from hf_ehr.models.modeling_ehr import packed_borders
 from tests.models.common import FamilySuite, Head, pack, padded_batch
 
 STAY = torch.tensor([0, 1, 0])
@@ -165,7 +166,7 @@ def test_serialization_counts_what_its_mode_says(mode, expected):
     model = serial_model(mode)
     assert model._serial_ids(visits, None, torch.ones_like(visits), None).tolist() == [expected] * 2
     batch = {"input_ids": visits + 5, "attention_mask": torch.ones_like(visits), "visit_ids": visits}
-    packed = model._packed(visits.reshape(1, -1), None, pack(batch)["cu_seqlens"], None)
+    packed = packed_borders(visits.reshape(1, -1), None, pack(batch)["cu_seqlens"], None)
     assert model._serial_ids(visits.reshape(1, -1), None, None, packed).tolist() == [expected * 2]
 
 

@@ -40,6 +40,10 @@ class MedBertConfig(PreTrainedConfig):
             codes. Without it, small models stay at the unigram for epochs.
         layer_norm_eps: Epsilon of the layer norms.
         classifier_dropout: Dropout before the classifier; `hidden_dropout_prob` when `None`.
+        head: What the classifier reads. `ffn`: the pooled states ("Med-BERT only"); `gru`, `bigru`: the last state of
+            a GRU over them, of both directions; `retain`: RETAIN's weighted sum of them (section "Fine-tuning").
+        head_hidden_size: Width of the head's GRUs (each direction). 128 is what the authors' baselines
+            (`pytorch_ehr`) and RETAIN's code use; the paper gives none.
         pad_token_id: Id of `[PAD]`.
         mask_token_id: Id of `[MASK]`. The authors used 0 for both padding and mask (see [`code_exact`]).
         tie_word_embeddings: Whether the code decoder shares the code embeddings.
@@ -56,7 +60,10 @@ class MedBertConfig(PreTrainedConfig):
     """
 
     model_type = "ehr_medbert"
-    keys_to_ignore_at_inference = ["hidden_states", "attentions", "mlm_loss", "stay_loss"]  # noqa: RUF012
+    keys_to_ignore_at_inference = [  # noqa: RUF012
+        *("hidden_states", "attentions", "mlm_loss", "stay_loss"),
+        *("pooler_output", "head_alpha", "head_beta", "contributions"),
+    ]
     attribute_map = {"type_vocab_size": "max_visits"}  # noqa: RUF012 - the library's own declaration
 
     vocab_size: int = 82603
@@ -78,6 +85,8 @@ class MedBertConfig(PreTrainedConfig):
     attention_gain: float | int | None = None
     layer_norm_eps: float = 1e-12
     classifier_dropout: float | int | None = None
+    head: Literal["ffn", "gru", "bigru", "retain"] = "ffn"
+    head_hidden_size: int = 128
     pad_token_id: int | None = 0
     mask_token_id: int | None = 4
     tie_word_embeddings: bool = True

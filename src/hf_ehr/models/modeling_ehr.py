@@ -61,6 +61,22 @@ class PackedSequences(NamedTuple):
         return [(patients, length) for patients, length in runs]
 
 
+def packed_borders(codes, attention_mask, cu_seqlens, max_seqlen) -> PackedSequences | None:
+    """The borders of a packed batch, `None` for a padded one; `codes` is any tensor (batch, sequence, …) of it.
+
+    Raises:
+        ValueError: There is a mask as well, or more than one row.
+    """
+    if cu_seqlens is None:
+        return None
+    if attention_mask is not None or codes.shape[0] != 1:
+        raise ValueError(
+            "`cu_seqlens` means packed input: one row (1, total) and no `attention_mask`, got "
+            f"{tuple(codes.shape)} and {'a' if attention_mask is not None else 'no'} mask."
+        )
+    return PackedSequences.from_cu_seqlens(cu_seqlens, codes.shape[1], max_seqlen)
+
+
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     """Textbook attention that returns its weights; tensors are (batch, heads, sequence, head_dim)."""
     weights = torch.matmul(query, key.transpose(2, 3)) * scaling

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOutput, SequenceClassifierOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOutput
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -27,8 +27,10 @@ from .modeling_ehr import (
     EhrPredictionHead,
     IdentityStartLinear,
     PackedSequences,
+    packed_borders,
     pool_states,
 )
+from .modeling_heads import EhrClassifierOutput, HeadOutput, PatientClassifierMixin, Steps, init_head, new_head
 
 
 @dataclass
@@ -97,6 +99,7 @@ class MedBertPreTrainedModel(PreTrainedModel):
             # BERT's truncated normal; the library's own default is the untruncated one.
             std = self.config.initializer_range
             init.trunc_normal_(module.weight, mean=0.0, std=std, a=-2 * std, b=2 * std)
+        init_head(module)
         if isinstance(module, IdentityStartLinear) and module.gain:
             init.copy_(module.weight, module.identity_start())
 
@@ -160,7 +163,7 @@ class MedBertModel(MedBertPreTrainedModel):
             raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
         codes = inputs_embeds[..., 0] if inputs_embeds is not None else input_ids
         assert codes is not None  # one of the two is there
-        packed = self._packed(codes, attention_mask, cu_seqlens, max_seqlen)
+        packed = packed_borders(codes, attention_mask, cu_seqlens, max_seqlen)
         longest = codes.shape[1] if packed is None else packed.max_seqlen
         if longest > self.config.max_position_embeddings:
             raise ValueError(
@@ -176,18 +179,6 @@ class MedBertModel(MedBertPreTrainedModel):
         if self.config.pooling == "first":
             pooled = torch.tanh(self.pooler(pooled))
         return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=pooled)
-
-    @staticmethod
-    def _packed(codes, attention_mask, cu_seqlens, max_seqlen) -> PackedSequences | None:
-        """The borders of a packed batch, `None` for a padded one."""
-        if cu_seqlens is None:
-            return None
-        if attention_mask is not None or codes.shape[0] != 1:
-            raise ValueError(
-                "`cu_seqlens` means packed input: one row (1, total) and no `attention_mask`, got "
-                f"{tuple(codes.shape)} and {'a' if attention_mask is not None else 'no'} mask."
-            )
-        return PackedSequences.from_cu_seqlens(cu_seqlens, codes.shape[1], max_seqlen)
 
     def _serial_ids(self, visit_ids, serial_ids, attention_mask, packed):
         """What the serialization table counts, (batch, sequence), or `None` without such a table."""
@@ -355,16 +346,16 @@ class MedBertForPreTraining(MedBertPreTrainedModel):
         return stay_loss if mlm_loss is None else mlm_loss + stay_loss
 
 
-class MedBertForSequenceClassification(MedBertPreTrainedModel):
-    """Patient classification from the pooled vector ("Med-BERT only", the paper's feed-forward fine-tuning head)."""
+class MedBertForSequenceClassification(PatientClassifierMixin, MedBertPreTrainedModel):
+    """Patient classification from the pooled vector ("Med-BERT only" in the paper), or through a GRU or RETAIN."""
 
     def __init__(self, config: MedBertConfig):
         super().__init__(config)
-        self.num_labels = len(config.id2label or ())
         self.model = MedBertModel(config)
-        dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
-        self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
+        self.head = None
+        if config.head != "ffn":
+            self.head = new_head(config.head, config.hidden_size, config.head_hidden_size)
+        self.add_classifier(config.hidden_size if self.head is None else self.head.num_features)
         self.post_init()
 
     @can_return_tuple
@@ -380,34 +371,27 @@ class MedBertForSequenceClassification(MedBertPreTrainedModel):
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
-    ) -> SequenceClassifierOutput:
+    ) -> EhrClassifierOutput:
         """Scores patients; inputs as in [`MedBertModel`].
 
         Args:
             labels: (patients,) class index, or (patients, num_labels) of 0 and 1 under
                 `problem_type="multi_label_classification"`.
             num_items_in_batch: Number of labels of the whole accumulated batch; the loss is the sum over it.
-
-        Returns:
-            `logits` (patients, num_labels).
         """
         outputs = self.model(
             input_ids, attention_mask, visit_ids, serial_ids, cu_seqlens, max_seqlen, inputs_embeds, **kwargs
         )
-        logits = self.classifier(self.dropout(outputs.pooler_output))
-        loss = None if labels is None else self._loss(logits, labels, num_items_in_batch)
-        return SequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
-
-    def _loss(self, logits, labels, num_items=None):
-        """Cross-entropy over classes, or binary cross-entropy over labels; the mean when there is no count."""
-        reduction = "mean" if num_items is None else "sum"
-        if self.config.problem_type == "multi_label_classification":
-            loss = nn.functional.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction=reduction)
+        if self.head is None:
+            head = HeadOutput(outputs.pooler_output)
         else:
-            loss = nn.functional.cross_entropy(logits.float(), labels, reduction=reduction)
-        return loss if num_items is None else loss / num_items
+            states = outputs.last_hidden_state
+            head = self.head(
+                Steps.of(states, attention_mask, packed_borders(states, attention_mask, cu_seqlens, max_seqlen))
+            )
+        return self.classify(
+            head, labels, num_items_in_batch, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
 
 
 MedBertModel.register_for_auto_class("AutoModel")
