@@ -185,6 +185,17 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """``atomic_path`` for a folder: yields an empty one and renames it on success; the folder must not exist yet."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
+        whole = Path(temporary) / "whole"
+        whole.mkdir()
+        yield whole
+        whole.replace(path)
+
+
 def write_parquet(table: pa.Table, path: str | Path) -> None:
     """Writes ``table`` to ``path`` in one step (temporary name, then rename)."""
     with atomic_path(Path(path)) as temporary:
