@@ -12,7 +12,9 @@ from transformers import (
     AutoTokenizer,
 )
 
+from .models.configuration_ehrrnn import EhrRnnConfig
 from .models.configuration_medbert import MedBertConfig
+from .models.modeling_ehrrnn import EhrRnnForSequenceClassification, EhrRnnModel
 from .models.modeling_medbert import (
     MedBertForMaskedLM,
     MedBertForPreTraining,
@@ -29,8 +31,16 @@ AutoModelForPreTraining.register(MedBertConfig, MedBertForPreTraining, exist_ok=
 AutoModelForSequenceClassification.register(MedBertConfig, MedBertForSequenceClassification, exist_ok=True)
 AutoTokenizer.register(MedBertConfig, tokenizer_class=EhrCodeTokenizer, exist_ok=True)
 
+AutoConfig.register("ehr_rnn", EhrRnnConfig, exist_ok=True)
+AutoModel.register(EhrRnnConfig, EhrRnnModel, exist_ok=True)
+AutoModelForSequenceClassification.register(EhrRnnConfig, EhrRnnForSequenceClassification, exist_ok=True)
+AutoTokenizer.register(EhrRnnConfig, tokenizer_class=EhrCodeTokenizer, exist_ok=True)
+
 __all__ = [
     "EhrCodeTokenizer",
+    "EhrRnnConfig",
+    "EhrRnnForSequenceClassification",
+    "EhrRnnModel",
     "MedBertConfig",
     "MedBertForMaskedLM",
     "MedBertForPreTraining",

@@ -14,8 +14,9 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -37,6 +38,7 @@ class Head:
         per_code: Whether that field has one row per code, (batch, sequence, …), or one per patient.
         hand_loss: (outputs with logits, batch) → the loss, computed the long way; `None` without a loss.
         overrides: Configuration fields of this head.
+        name: What tells it from other heads of the same class.
     """
 
     model_class: type
@@ -47,9 +49,15 @@ class Head:
     hand_loss: Callable | None = None
     overrides: dict = field(default_factory=dict)
     logits_on_request: bool = False
+    name: str = ""
 
     def __str__(self) -> str:
-        return self.model_class.__name__
+        return self.name or self.model_class.__name__
+
+    def needs_attention(self) -> None:
+        """Skips a test that means nothing to a model without attention layers."""
+        if not self.model_class._supports_sdpa:
+            pytest.skip("the model has no attention layers")
 
 
 def padded_batch(vocab_size: int, *, lengths=LENGTHS, seed=0) -> dict[str, torch.Tensor]:
@@ -83,14 +91,16 @@ class FamilySuite:
     fixture: str  # folder of the committed tiny checkpoint
     lora_targets: list[str]
     vocab_size = 50
+    no_dropout: ClassVar[dict] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    frozen: ClassVar[dict] = {"initializer_range": 0.2, "hidden_size": 8, "intermediate_size": 8}
+    """Configuration fields of the committed tiny checkpoint."""
 
     def config(self, **overrides):
         raise NotImplementedError
 
     def model(self, head: Head, **overrides):
         torch.manual_seed(0)
-        no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-        return head.model_class(self.config(**(no_dropout | head.overrides | overrides))).eval()
+        return head.model_class(self.config(**(self.no_dropout | head.overrides | overrides))).eval()
 
     def batch(self, head: Head, **kwargs) -> dict:
         batch = padded_batch(self.vocab_size, **kwargs)
@@ -126,8 +136,11 @@ class FamilySuite:
     @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
     def test_packed_equals_padded(self, head, implementation):
         model, batch = self.model(head), self.inputs(head)
-        model.set_attn_implementation(implementation)
-        assert model.config._attn_implementation == implementation
+        if implementation == "eager":
+            head.needs_attention()
+        if head.model_class._supports_sdpa:
+            model.set_attn_implementation(implementation)
+            assert model.config._attn_implementation == implementation
         padded, packed = self.output(head, model, batch), self.output(head, model, pack(batch))
         if head.per_code:
             padded, packed = padded[batch["attention_mask"].bool()], packed[0]
@@ -163,6 +176,7 @@ class FamilySuite:
         assert all(torch.equal(batch[name], kept[name]) for name in kept)
 
     def test_eager_equals_sdpa(self, head):
+        head.needs_attention()
         model, batch = self.model(head), self.inputs(head)
         sdpa = self.output(head, model, batch)
         model.set_attn_implementation("eager")
@@ -173,6 +187,7 @@ class FamilySuite:
         torch.testing.assert_close(eager, sdpa, atol=1e-6, rtol=1e-5)
 
     def test_hidden_states_and_attentions_are_there_on_request(self, head):
+        head.needs_attention()
         model, batch = self.model(head), self.inputs(head)
         model.set_attn_implementation("eager")
         with torch.no_grad():
@@ -205,6 +220,8 @@ class FamilySuite:
     def test_gradient_checkpointing_gives_the_same_gradients(self, head):
         if head.hand_loss is None:
             pytest.skip("the base model has no loss")
+        if not head.model_class.supports_gradient_checkpointing:
+            pytest.skip("the model has no layers to checkpoint")
         gradients = []
         for checkpointing in (False, True):
             model = self.model(head).train()
@@ -256,7 +273,10 @@ class FamilySuite:
         loaded, info = head.auto_class.from_pretrained(tmp_path, output_loading_info=True)
         assert type(loaded) is head.model_class
         assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-        assert torch.equal(self.output(head, model, batch), self.output(head, loaded, batch))
+        # Weights that lie otherwise in memory may flip the last bit of a product; the weights themselves are equal.
+        torch.testing.assert_close(
+            self.output(head, loaded, batch), self.output(head, model, batch), atol=1e-6, rtol=0
+        )
         buffers = dict(loaded.named_buffers())
         assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
         for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -274,7 +294,7 @@ class FamilySuite:
         assert torch.equal(loaded.get_input_embeddings().weight, model.get_input_embeddings().weight)
 
     def test_a_base_checkpoint_fills_the_head_but_for_its_own_parameters(self, head, tmp_path):
-        base = self.model(self.heads[0])
+        base = self.model(replace(self.heads[0], overrides=head.overrides))
         base.save_pretrained(tmp_path)
         loaded, info = head.model_class.from_pretrained(tmp_path, output_loading_info=True)
         assert not info["unexpected_keys"]
@@ -350,7 +370,8 @@ for name, auto, output in plan:
         model = getattr(transformers, auto).from_pretrained(source, trust_remote_code=True).eval()
         assert "transformers_modules" in type(model).__module__
         with torch.no_grad():
-            assert torch.equal(model(**batch)[output], torch.load(root / (name + ".pt"), weights_only=True)), name
+            expected = torch.load(root / (name + ".pt"), weights_only=True)
+            torch.testing.assert_close(model(**batch)[output], expected, atol=1e-6, rtol=0, msg=name)
         if source.name == name:
             model.save_pretrained(root / (name + "-again"))
 base = transformers.AutoModel.from_pretrained(root / plan[-1][0], trust_remote_code=True)

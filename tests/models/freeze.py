@@ -6,9 +6,10 @@ Existing weights are kept; only a missing checkpoint is made anew. The outputs a
 import json
 
 from tests.models.common import FIXTURES
-from tests.models.test_medbert import TestMedBert, TestMedBertOptions
+from tests.models.test_ehrrnn import TestEhrRnn
+from tests.models.test_medbert import TestMedBert, TestMedBertHeads, TestMedBertOptions
 
-FAMILIES = (TestMedBert(), TestMedBertOptions())
+FAMILIES = (TestMedBert(), TestMedBertOptions(), TestMedBertHeads(), TestEhrRnn())
 
 
 def main() -> None:
@@ -16,7 +17,7 @@ def main() -> None:
         folder = FIXTURES / family.fixture
         for head in family.heads:
             if not (folder / str(head)).is_dir():
-                model = family.model(head, initializer_range=0.2, hidden_size=8, intermediate_size=8)
+                model = family.model(head, **family.frozen)
                 model.save_pretrained(folder / str(head))
                 for copied in (folder / str(head)).glob("*.py"):
                     copied.unlink()  # the code under test is the package's

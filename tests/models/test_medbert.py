@@ -1,5 +1,7 @@
 """Med-BERT: the common suite, and what is its own (papers.md §1, acceptance rows 3-8)."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -63,6 +65,9 @@ HEADS = [
 ]  # fmt: skip
 
 
+SEQUENCE_HEADS = ("gru", "bigru", "retain")
+
+
 class TestMedBert(FamilySuite):
     heads = HEADS
     fixture = "medbert"
@@ -91,6 +96,17 @@ class TestMedBertOptions(TestMedBert):
         if head.model_class is MedBertModel:
             pytest.skip("the pooler is read through the heads")
         super().test_every_parameter_receives_a_gradient(head)
+
+
+class TestMedBertHeads(TestMedBert):
+    """The sequence heads on the encoder's states."""
+
+    fixture = "medbert_heads"
+    heads = [  # noqa: RUF012
+        HEADS[0],
+        *(replace(HEADS[-1], name=name, overrides={"head": name, "head_hidden_size": 12}) for name in SEQUENCE_HEADS),
+    ]
+    test_it_loads_without_the_package = None  # the files are the same
 
 
 def parameters(module) -> int:

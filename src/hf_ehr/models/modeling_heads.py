@@ -140,27 +140,27 @@ class TimeMajor(NamedTuple):
 
 
 class HeadOutput(NamedTuple):
-    """What a head makes of the steps; everything but `features` is `None` where the head has no such thing."""
+    """What a head makes of the steps."""
 
     features: torch.Tensor
     """(patients, features)."""
-    steps: Steps | None = None
-    states: torch.Tensor | None = None
+    steps: Steps
+    states: torch.Tensor
     """(total, features): the state after each step; for RETAIN what the step adds to `features`."""
     alpha: torch.Tensor | None = None
-    """(total,)."""
+    """(total,), RETAIN only."""
     beta: torch.Tensor | None = None
-    """(total, state)."""
+    """(total, state), RETAIN only."""
 
     def attention(self) -> dict[str, torch.Tensor]:
-        """RETAIN's `head_alpha` (patients, steps) and `head_beta` (patients, steps, state); empty for other heads."""
-        if self.steps is None or self.alpha is None or self.beta is None:
+        """RETAIN's `head_alpha` (patients, steps) and `head_beta` (patients, steps, state); empty for a GRU."""
+        if self.alpha is None or self.beta is None:
             return {}
         return {"head_alpha": self.steps.rectangle(self.alpha), "head_beta": self.steps.rectangle(self.beta)}
 
     def contributions(self, classifier: nn.Linear) -> dict[str, torch.Tensor]:
-        """`contributions` (patients, steps, labels): α_j W (β_j ⊙ v_j), eq. 5 of RETAIN; empty for other heads."""
-        if self.steps is None or self.alpha is None or self.states is None:
+        """RETAIN's `contributions` (patients, steps, labels): α_j W (β_j ⊙ v_j), its eq. 5; empty for a GRU."""
+        if self.alpha is None:
             return {}
         return {"contributions": self.steps.rectangle(nn.functional.linear(self.states, classifier.weight))}
 
@@ -179,6 +179,10 @@ class GruHead(nn.Module):
         return HeadOutput(last, steps, states)
 
 
+class RetainLinear(nn.Linear):
+    """A layer of RETAIN's attention, which its authors start within ±0.1 (`get_random_weight` in their retain.py)."""
+
+
 class RetainHead(nn.Module):
     """RETAIN (Choi et al., NeurIPS 2016, section 2.2): two GRUs in reverse time weigh the steps themselves.
 
@@ -191,8 +195,8 @@ class RetainHead(nn.Module):
         super().__init__()
         self.alpha_gru = nn.GRU(input_size, hidden_size)
         self.beta_gru = nn.GRU(input_size, hidden_size)
-        self.alpha = nn.Linear(hidden_size, 1, bias=False)
-        self.beta = nn.Linear(hidden_size, input_size)
+        self.alpha = RetainLinear(hidden_size, 1, bias=False)
+        self.beta = RetainLinear(hidden_size, input_size)
         self.num_features = input_size
 
     def forward(self, steps: Steps) -> HeadOutput:
@@ -219,9 +223,8 @@ def init_head(module: nn.Module) -> None:
         bound = module.hidden_size**-0.5
         for weight in module.parameters():
             init.uniform_(weight, -bound, bound)
-    if isinstance(module, RetainHead):  # the authors' start (`get_random_weight` in retain.py)
-        init.uniform_(module.alpha.weight, -0.1, 0.1)
-        init.uniform_(module.beta.weight, -0.1, 0.1)
+    if isinstance(module, RetainLinear):
+        init.uniform_(module.weight, -0.1, 0.1)
 
 
 class PatientClassifierMixin:
@@ -238,15 +241,17 @@ class PatientClassifierMixin:
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(num_features, self.num_labels)
 
-    def classify(self, head: HeadOutput, labels=None, num_items=None, **fields) -> EhrClassifierOutput:
+    def classify(
+        self, features: torch.Tensor, head: HeadOutput | None, labels=None, num_items=None, **fields
+    ) -> EhrClassifierOutput:
         """Patients' vectors → logits, loss and, in evaluation mode, the head's attention; `fields` go through."""
-        logits = self.classifier(self.dropout(head.features))
-        if not self.training:  # dropout would make the contributions those of another logit
+        logits = self.classifier(self.dropout(features))
+        if head is not None and not self.training:  # dropout would make the contributions those of another logit
             fields |= head.attention() | head.contributions(self.classifier)
         loss = None
         if labels is not None:
             loss = classification_loss(logits, labels, self.config.problem_type, num_items)
-        return EhrClassifierOutput(loss=loss, logits=logits, pooler_output=head.features, **fields)
+        return EhrClassifierOutput(loss=loss, logits=logits, pooler_output=features, **fields)
 
 
 def classification_loss(logits, labels, problem_type: str | None = None, num_items=None) -> torch.Tensor:

@@ -30,7 +30,7 @@ from .modeling_ehr import (
     packed_borders,
     pool_states,
 )
-from .modeling_heads import EhrClassifierOutput, HeadOutput, PatientClassifierMixin, Steps, init_head, new_head
+from .modeling_heads import EhrClassifierOutput, PatientClassifierMixin, Steps, init_head, new_head
 
 
 @dataclass
@@ -382,16 +382,14 @@ class MedBertForSequenceClassification(PatientClassifierMixin, MedBertPreTrained
         outputs = self.model(
             input_ids, attention_mask, visit_ids, serial_ids, cu_seqlens, max_seqlen, inputs_embeds, **kwargs
         )
-        if self.head is None:
-            head = HeadOutput(outputs.pooler_output)
-        else:
+        features, head = outputs.pooler_output, None
+        if self.head is not None:
             states = outputs.last_hidden_state
-            head = self.head(
-                Steps.of(states, attention_mask, packed_borders(states, attention_mask, cu_seqlens, max_seqlen))
-            )
-        return self.classify(
-            head, labels, num_items_in_batch, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+            packed = packed_borders(states, attention_mask, cu_seqlens, max_seqlen)
+            head = self.head(Steps.of(states, attention_mask, packed))
+            features = head.features
+        encoder_fields = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
+        return self.classify(features, head, labels, num_items_in_batch, **encoder_fields)
 
 
 MedBertModel.register_for_auto_class("AutoModel")
