@@ -181,6 +181,9 @@ def test_the_proof_sees_a_single_wrong_weight(bert):
         model.model.encoder.layers[1].attention.qkv.bias[140] += 1
     assert compare_outputs(bert, model)[0]["last_hidden_state"] > 1e-3
     with torch.no_grad():
+        model.stay_classifier.bias[0] += 0.01
+    assert compare_outputs(bert, model)[0]["stay_logits"] > 5e-3
+    with torch.no_grad():
         model.stay_classifier.bias[0] = float("nan")
     assert not compare_outputs(bert, model)[0]["stay_logits"] <= 1e-4
 

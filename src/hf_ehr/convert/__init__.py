@@ -15,10 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -28,7 +25,7 @@ from transformers import BertForPreTraining
 from hf_ehr.convert._vocabulary import read_json, read_tokenizer
 from hf_ehr.convert._weights import Layout, bert_with, medbert_with, named_as_bert, read_tensors, weights_file
 from hf_ehr.models.modeling_medbert import MedBertForPreTraining
-from hf_ehr.schema import EhrDataError
+from hf_ehr.schema import EhrDataError, atomic_folder
 
 REPORT_FILE = "conversion.json"
 TOLERANCE = 1e-4
@@ -136,7 +133,7 @@ def convert_medbert(checkpoint: Path, vocabulary: Path, output: Path, config: Pa
         output.name, layout, _sha256(file), model.config.hidden_act, sum(p.numel() for p in model.parameters()),
         len(tokenizer) - 1, own_spelling, ignored, differences, compared,
     )  # fmt: skip
-    with _whole_folder(output) as folder:
+    with atomic_folder(output) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / REPORT_FILE).write_text(json.dumps(asdict(report), indent=2) + "\n")
@@ -186,19 +183,6 @@ def _histories(lengths: Sequence[int], config, generator: torch.Generator) -> di
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def _whole_folder(output: Path) -> Iterator[Path]:
-    """Yields a folder beside `output` that takes its name on success."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
-    try:
-        yield folder
-        folder.chmod(0o755)
-        folder.replace(output)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 __all__ = ["ConversionReport", "ConvertArguments", "compare_outputs", "convert", "convert_medbert"]
