@@ -24,7 +24,10 @@ class MedBertConfig(PreTrainedConfig):
         max_visits: Size of the visit table (`type_vocab_size` of the authors' config); visit 0 is padding.
         serialization: What the third embedding table counts. `global`: the running index of the code in the patient
             (what the published weights used); `within_visit`: the code's rank in its visit (the paper's text);
-            `none`: no such table.
+            `none`: no such table; `visit_sinusoid`: no table but the number of the visit as fixed sinusoids (BEHRT).
+        visit_segments: `numbered` gives each visit its own row, `alternating` one of two in turn (BEHRT).
+        max_age: Greatest age in years with an embedding of its own (BEHRT); older is the same, unknown has another.
+            `None`: ages are not read.
         pooling: How code states become one patient vector. The paper's text sums them (`sum`) and its first code takes
             the first state through a tanh layer (`first`); `sum_unmasked` also sums padding, as the authors' second
             script does, and depends on the batch. The default is `mean`: a sum of up to 512 states gives logits
@@ -76,7 +79,9 @@ class MedBertConfig(PreTrainedConfig):
     attention_probs_dropout_prob: float | int = 0.0
     max_position_embeddings: int = 512
     max_visits: int = 1000
-    serialization: Literal["global", "within_visit", "none"] = "global"
+    serialization: Literal["global", "within_visit", "none", "visit_sinusoid"] = "global"
+    visit_segments: Literal["numbered", "alternating"] = "numbered"
+    max_age: int | None = None
     pooling: Literal["mean", "sum", "first", "sum_unmasked"] = "mean"
     norm_position: Literal["post", "pre"] = "post"
     objective: Literal["masked_lm", "masked_set"] = "masked_lm"
@@ -124,6 +129,33 @@ class MedBertConfig(PreTrainedConfig):
         """The authors' released code: pooled first token, id 0 for both padding and mask, attention dropout 0.1."""
         exact: dict[str, Any] = {"pooling": "first", "mask_token_id": 0, "attention_probs_dropout_prob": 0.1}
         return cls(**(exact | overrides))
+
+    @classmethod
+    def behrt(cls, **overrides: Any) -> "MedBertConfig":
+        """BEHRT (Li et al., Scientific Reports 2020), the sizes from the authors' notebook; masked codes alone.
+
+        Its histories begin with `[CLS]` and end each visit with `[SEP]`: build the tokenizer with
+        `visit_separators=True, ages=True`.
+        """
+        published: dict[str, Any] = {
+            "hidden_size": 288,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 12,
+            "intermediate_size": 512,
+            "hidden_act": "gelu",
+            "attention_probs_dropout_prob": 0.1,
+            "serialization": "visit_sinusoid",
+            "visit_segments": "alternating",
+            "max_age": 120,
+            "pooling": "first",
+            "stay_loss_weight": 0.0,
+        }
+        return cls(**(published | overrides))
+
+    def validate_max_age(self):
+        """`max_age` is an age."""
+        if self.max_age is not None and self.max_age < 0:
+            raise ValueError(f"`max_age` must be at least 0 or None, got {self.max_age}. Change it.")
 
     def validate_heads(self):
         """`hidden_size` splits evenly over the heads."""

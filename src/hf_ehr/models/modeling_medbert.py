@@ -31,6 +31,7 @@ from .modeling_ehr import (
     pool_states,
 )
 from .modeling_heads import EhrClassifierOutput, PatientClassifierMixin, Steps, init_head, new_head
+from .modeling_medbert_embeddings import MedBertEmbeddings
 
 
 @dataclass
@@ -55,28 +56,6 @@ class MedBertForPreTrainingOutput(ModelOutput):
     stay_loss: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
-
-
-class MedBertEmbeddings(nn.Module):
-    """`LayerNorm(code + visit + serialization)` with dropout; the serialization table is absent under `none`."""
-
-    def __init__(self, config: MedBertConfig):
-        super().__init__()
-        self.config = config
-        self.code_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.visit_embeddings = nn.Embedding(config.max_visits, config.hidden_size)
-        if config.serialization != "none":
-            self.serial_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-
-    def forward(self, input_ids, visit_ids, serial_ids, inputs_embeds=None):
-        """Ids (batch, sequence) → (batch, sequence, hidden)."""
-        embedded = self.code_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        embedded = embedded + self.visit_embeddings(visit_ids)
-        if serial_ids is not None:
-            embedded = embedded + self.serial_embeddings(serial_ids)
-        return self.dropout(self.norm(embedded))
 
 
 class MedBertPreTrainedModel(PreTrainedModel):
@@ -137,6 +116,7 @@ class MedBertModel(MedBertPreTrainedModel):
         cu_seqlens: torch.Tensor | None = None,
         max_seqlen: int | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        age_ids: torch.Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
         """Encodes patients.
@@ -150,6 +130,8 @@ class MedBertModel(MedBertPreTrainedModel):
             cu_seqlens: (patients + 1,) int32 borders of a packed row.
             max_seqlen: Longest patient of a packed row.
             inputs_embeds: (batch, sequence, hidden) in place of the code embeddings.
+            age_ids: As `input_ids`, 1 + the age in years at the visit, 0 where unknown; read under `max_age`, all
+                unknown when `None`.
             **kwargs: `output_attentions` (eager attention only), `output_hidden_states`.
 
         Returns:
@@ -173,7 +155,7 @@ class MedBertModel(MedBertPreTrainedModel):
         if visit_ids is None:
             visit_ids = torch.ones(codes.shape, dtype=torch.long, device=codes.device)
         serial_ids = self._serial_ids(visit_ids, serial_ids, attention_mask, packed)
-        embedded = self.embeddings(input_ids, visit_ids, serial_ids, inputs_embeds)
+        embedded = self.embeddings(input_ids, visit_ids, serial_ids, inputs_embeds, age_ids)
         states = self.encoder(embedded, attention_mask=attention_mask, packed=packed, **kwargs)
         pooled = pool_states(states, self.config.pooling, attention_mask, packed)
         if self.config.pooling == "first":
@@ -182,7 +164,7 @@ class MedBertModel(MedBertPreTrainedModel):
 
     def _serial_ids(self, visit_ids, serial_ids, attention_mask, packed):
         """What the serialization table counts, (batch, sequence), or `None` without such a table."""
-        if self.config.serialization == "none":
+        if self.config.serialization in ("none", "visit_sinusoid"):
             return None
         running = torch.arange(visit_ids.shape[1], device=visit_ids.device).expand(visit_ids.shape)
         if self.config.serialization == "within_visit":
@@ -230,6 +212,7 @@ class MedBertForMaskedLM(MedBertPreTrainedModel):
         cu_seqlens: torch.Tensor | None = None,
         max_seqlen: int | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        age_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         return_logits: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
@@ -244,7 +227,7 @@ class MedBertForMaskedLM(MedBertPreTrainedModel):
             num_items_in_batch: Number of masked codes of the whole accumulated batch; the loss is the sum over it.
         """
         outputs = self.model(
-            input_ids, attention_mask, visit_ids, serial_ids, cu_seqlens, max_seqlen, inputs_embeds, **kwargs
+            input_ids, attention_mask, visit_ids, serial_ids, cu_seqlens, max_seqlen, inputs_embeds, age_ids, **kwargs
         )
         states = outputs.last_hidden_state
         loss = None if labels is None else _masked_lm_loss(self.head, states, labels, num_items_in_batch)
@@ -297,6 +280,7 @@ class MedBertForPreTraining(MedBertPreTrainedModel):
         cu_seqlens: torch.Tensor | None = None,
         max_seqlen: int | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        age_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         prolonged_stay_labels: torch.Tensor | None = None,
         return_logits: bool | None = None,
@@ -311,7 +295,7 @@ class MedBertForPreTraining(MedBertPreTrainedModel):
             return_logits: Whether to return `prediction_logits`. Default: only without `labels`.
         """
         outputs = self.model(
-            input_ids, attention_mask, visit_ids, serial_ids, cu_seqlens, max_seqlen, inputs_embeds, **kwargs
+            input_ids, attention_mask, visit_ids, serial_ids, cu_seqlens, max_seqlen, inputs_embeds, age_ids, **kwargs
         )
         stay_logits = self.stay_classifier(outputs.pooler_output)
         code_states = outputs.last_hidden_state
@@ -368,6 +352,7 @@ class MedBertForSequenceClassification(PatientClassifierMixin, MedBertPreTrained
         cu_seqlens: torch.Tensor | None = None,
         max_seqlen: int | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        age_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
@@ -380,7 +365,7 @@ class MedBertForSequenceClassification(PatientClassifierMixin, MedBertPreTrained
             num_items_in_batch: Number of labels of the whole accumulated batch; the loss is the sum over it.
         """
         outputs = self.model(
-            input_ids, attention_mask, visit_ids, serial_ids, cu_seqlens, max_seqlen, inputs_embeds, **kwargs
+            input_ids, attention_mask, visit_ids, serial_ids, cu_seqlens, max_seqlen, inputs_embeds, age_ids, **kwargs
         )
         features, head = outputs.pooler_output, None
         if self.head is not None:
