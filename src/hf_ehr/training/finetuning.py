@@ -1,0 +1,228 @@
+"""Fine-tuning a classifier with the stock ``Trainer``, and reading its predictions."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainingArguments
+
+from hf_ehr.collators import PackedCollator
+from hf_ehr.datasets import build_examples
+from hf_ehr.metrics import auroc, best_f1_threshold
+from hf_ehr.models.configuration_medbert import MedBertConfig
+from hf_ehr.models.modeling_medbert import MedBertForSequenceClassification
+from hf_ehr.models.tokenization_ehr import EhrCodeTokenizer
+from hf_ehr.tasks import SplitManifest, TaskSpec, label_dataset, read_labels
+from hf_ehr.training._runs import (
+    SPLITS_FILE,
+    DataArguments,
+    batches,
+    last_checkpoint,
+    leave_no_patients,
+    output_of,
+    quiet,
+    run_arguments,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    import datasets
+
+FINETUNE_FILE = "finetune.json"
+FINETUNE_SETTINGS = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "weight_decay", "seed")
+
+
+@dataclass
+class FinetuneArguments:
+    """What is predicted, from which checkpoint, with how many patients."""
+
+    task: str = field(metadata={"help": "Named task, a YAML definition, or the name of a file in labels/."})
+    model: str = field(metadata={"help": "Folder or Hub id of a pre-trained Med-BERT."})
+    train_patients: int | None = field(
+        default=None, metadata={"help": "Use this many training patients only (nested subsets for one `draw`)."}
+    )
+    draw: int = field(default=0, metadata={"help": "Which random order the subset is taken from."})
+    head: str = field(default="ffn", metadata={"help": "ffn (Med-BERT only), gru, bigru or retain."})
+    untrained: bool = field(default=False, metadata={"help": "Keep the architecture, forget the weights."})
+    linear_probe: bool = field(
+        default=True,
+        metadata={"help": "Start the head `ffn` from a regression on frozen patient vectors."},
+    )
+
+
+def finetune(data: DataArguments, options: FinetuneArguments, training: TrainingArguments) -> Path:
+    """Fine-tunes a classifier; the folder holds model, tokenizer, decision threshold, splits and how it was made.
+
+    The best epoch by validation AUROC is kept, the linear probe itself included; the F1 threshold is tuned on
+    validation and stored in `config.thresholds`.
+
+    Raises:
+        LeakageError: A patient held out here was seen in pre-training, or the tokenizer saw other patients.
+    """
+    splits = data.splits()
+    output = output_of(training)
+    tokenizer = EhrCodeTokenizer.from_pretrained(options.model)
+    check_earlier_stage(options.model, data.manifest(splits))
+    names = ("train", "validation")
+    examples = {name: examples_of(data, options, tokenizer, splits, name, output / "examples") for name in names}
+    model = new_classifier(options, training.seed)
+    if options.linear_probe and model.config.head == "ffn":
+        start_from_probe(model, examples["train"], examples["validation"], tokenizer)
+    fit_classifier(model, examples["train"], examples["validation"], tokenizer, training)
+    held = np.asarray(examples["validation"]["labels"])
+    threshold = best_f1_threshold(held, predict(model, examples["validation"], tokenizer))
+    model.config.thresholds = {task_name(options.task): float(threshold)}
+    if training.process_index == 0:
+        model.save_pretrained(output)
+        tokenizer.save_pretrained(output)
+        data.manifest(splits).save(output / SPLITS_FILE)
+        settings = {name: getattr(training, name) for name in FINETUNE_SETTINGS}
+        write_json(output / FINETUNE_FILE, {"data": asdict(data), "options": asdict(options), "training": settings})
+        leave_no_patients(output)
+    return output
+
+
+def fit_classifier(
+    model: PreTrainedModel,
+    train: datasets.Dataset,
+    validation: datasets.Dataset,
+    tokenizer: EhrCodeTokenizer,
+    training: TrainingArguments,
+    patience: int | None = None,
+) -> None:
+    """Trains a classifier in place and keeps the epoch that ranks validation patients best by AUROC.
+
+    The state it came with is a candidate too. A run that was stopped goes on from its last checkpoint.
+
+    Args:
+        model: Any sequence classifier that takes packed batches.
+        train: EXAMPLES with 0/1 ``labels``.
+        validation: EXAMPLES that epochs are compared on.
+        tokenizer: The one that encoded them.
+        training: Settings of the run; checkpoints go to its ``output_dir``.
+        patience: Epochs without a better one after which to stop; None runs all.
+    """
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer = Trainer(
+        model,
+        run_arguments(
+            training, eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end=True,
+            metric_for_best_model="auroc", greater_is_better=True, save_total_limit=1,
+        ),
+        PackedCollator(tokenizer),
+        train_dataset=train,
+        eval_dataset=validation,
+        compute_metrics=lambda prediction: {"auroc": auroc(prediction.label_ids, _positive(prediction.predictions))},
+        processing_class=tokenizer,
+        callbacks=[] if patience is None else [EarlyStoppingCallback(patience)],
+    )  # fmt: skip
+    quiet(trainer).train(resume_from_checkpoint=last_checkpoint(training))
+    _keep_better(model, before, validation, tokenizer)
+
+
+def examples_of(data, options, tokenizer, splits, name: str, cache: Path | None = None) -> datasets.Dataset:
+    """EXAMPLES of one split for a task; the training split is cut to `train_patients` (nested within a `draw`)."""
+    ids = splits[name]
+    if name == "train" and options.train_patients is not None:
+        labelled = np.unique(task_labels(data, options.task)["subject_id"].to_numpy())
+        ids = np.random.default_rng(options.draw).permutation(np.intersect1d(ids, labelled))[: options.train_patients]
+    labels = task_labels(data, options.task)
+    folder = None if cache is None else cache / name
+    kinds = tuple(tokenizer.kinds)
+    return build_examples(
+        data.data, tokenizer, labels, subject_ids=ids, max_length=data.max_length, kinds=kinds, cache_dir=folder
+    )
+
+
+def task_labels(data: DataArguments, task: str) -> pa.Table:
+    """LABELS of a task: the file in the prepared folder, written now if it is a named task or a YAML definition."""
+    path = Path(data.data) / "labels" / f"{task_name(task)}.parquet"
+    if path.is_file():
+        return read_labels(path)
+    return read_labels(label_dataset(task if task_name(task) == task else TaskSpec.from_yaml(task), data.data))
+
+
+def task_name(task: str) -> str:
+    """The name of a task that is given by name or as a YAML file."""
+    return TaskSpec.from_yaml(task).name if task.endswith((".yaml", ".yml")) else task
+
+
+def check_earlier_stage(model: str, manifest: SplitManifest) -> None:
+    """L1 and L6: who is held out now was held out when `model` was trained. Models of other data are let pass."""
+    path = Path(model) / SPLITS_FILE
+    if path.is_file():
+        earlier = SplitManifest.load(path)
+        if earlier.salt_check == manifest.salt_check:
+            manifest.check(earlier)
+
+
+def start_from_probe(model, train: datasets.Dataset, validation: datasets.Dataset, tokenizer) -> None:
+    """Sets the classifier to a logistic regression on the frozen patient vectors, its penalty chosen on validation.
+
+    Fine-tuning then starts from features that already separate, instead of distorting them (Kumar et al., ICLR 2022).
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    states = embed(model, train, tokenizer)
+    mean, scale = states.mean(axis=0), states.std(axis=0) + 1e-6
+    held, labels = (embed(model, validation, tokenizer) - mean) / scale, np.asarray(validation["labels"])
+    fits = [
+        LogisticRegression(C=strength, max_iter=1000).fit((states - mean) / scale, train["labels"])
+        for strength in (0.001, 0.01, 0.1, 1.0)
+    ]
+    best = max(fits, key=lambda fit: auroc(labels, fit.predict_proba(held)[:, 1]))
+    weight = best.coef_[0] / scale
+    bias = best.intercept_[0] - weight @ mean
+    with torch.no_grad():  # two softmax scores that differ by the regression's score
+        model.classifier.weight.copy_(torch.from_numpy(np.stack([-weight / 2, weight / 2])))
+        model.classifier.bias.copy_(torch.tensor([-bias / 2, bias / 2]))
+
+
+def predict(model, examples: datasets.Dataset, tokenizer) -> np.ndarray:
+    """Probability of the positive class, (examples,), in the order of `examples`."""
+    return _positive(_forward(model, examples, tokenizer, lambda outputs: outputs.logits))
+
+
+def embed(model, examples: datasets.Dataset, tokenizer) -> np.ndarray:
+    """Pooled patient vectors of the encoder, (examples, hidden)."""
+    return _forward(model.base_model, examples, tokenizer, lambda outputs: outputs.pooler_output)
+
+
+def _forward(model, examples, tokenizer, read) -> np.ndarray:
+    rows = []
+    model.eval()
+    for batch in batches(examples, PackedCollator(tokenizer)):
+        with torch.no_grad():
+            inputs = {name: value for name, value in batch.to(model.device).items() if "labels" not in name}
+            rows.append(read(model(**inputs)).float().cpu().numpy())
+    return np.concatenate(rows)
+
+
+def _positive(logits) -> np.ndarray:
+    logits = np.asarray(logits, np.float64)
+    return 1 / (1 + np.exp(logits[:, 0] - logits[:, 1]))
+
+
+def _keep_better(model, before: dict, validation, tokenizer) -> None:
+    """Goes back to the weights fine-tuning started from where these rank validation patients better."""
+    labels, after = np.asarray(validation["labels"]), {k: v.clone() for k, v in model.state_dict().items()}
+    tuned = auroc(labels, predict(model, validation, tokenizer))
+    model.load_state_dict(before)
+    if auroc(labels, predict(model, validation, tokenizer)) <= tuned:
+        model.load_state_dict(after)
+
+
+def new_classifier(options: FinetuneArguments, seed: int) -> MedBertForSequenceClassification:
+    """A classifier on the weights of `options.model`, or on fresh ones under `untrained`; its head is random."""
+    torch.manual_seed(seed)
+    task = task_name(options.task)
+    names: dict[str, Any] = {"id2label": {0: "no", 1: task}, "label2id": {"no": 0, task: 1}, "head": options.head}
+    if options.untrained:
+        config = MedBertConfig.from_pretrained(options.model, **names)
+        return MedBertForSequenceClassification(config)
+    return MedBertForSequenceClassification.from_pretrained(options.model, **names)
