@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,22 @@ from .schema import EhrDataError
 
 PATIENTS_PER_BATCH = 1 << 16
 NEVER = np.iinfo(np.int64).max  # an unknown time: after every prediction time
+
+
+class Visible(NamedTuple):
+    """What is known about some patients at a time each; visits without a visible code are left out.
+
+    Attributes:
+        codes: (codes,), in the order patient, visit, kind, priority.
+        visit_lengths: Codes of each visit, (visits,).
+        patient_lengths: Visits of each example, (examples,).
+        visit_starts: Microseconds, (visits,) int64, ``NEVER`` where unknown.
+    """
+
+    codes: pa.DictionaryArray
+    visit_lengths: np.ndarray
+    patient_lengths: np.ndarray
+    visit_starts: np.ndarray
 
 
 @dataclass
@@ -53,12 +70,8 @@ class History:
             offsets_of(visits),
         )
 
-    def visible(self, rows: np.ndarray, times: np.ndarray) -> tuple[pa.DictionaryArray, np.ndarray, np.ndarray]:
-        """What is known about the patients ``rows`` at ``times``, both (examples,).
-
-        Returns:
-            Codes, codes per visit, and visits per example; visits without a visible code are left out.
-        """
+    def visible(self, rows: np.ndarray, times: np.ndarray) -> Visible:
+        """What is known about the patients ``rows`` at ``times``, both (examples,)."""
         visits_each = np.diff(self.visit_offsets)[rows]
         visit = ragged_indices(self.visit_offsets[rows], visits_each)
         codes_each = np.diff(self.code_offsets)[visit]
@@ -69,9 +82,10 @@ class History:
         owner = np.repeat(np.arange(len(visit)), codes_each)
         visit_lengths = np.bincount(owner[seen], minlength=len(visit))
         example = np.repeat(np.arange(len(rows)), visits_each)
-        patient_lengths = np.bincount(example[visit_lengths > 0], minlength=len(rows))
+        shown = visit_lengths > 0
+        patient_lengths = np.bincount(example[shown], minlength=len(rows))
         codes = _recoded(self.codes, self.codes.indices.to_numpy(zero_copy_only=False)[code[seen]])
-        return codes, visit_lengths[visit_lengths > 0], patient_lengths
+        return Visible(codes, visit_lengths[shown], patient_lengths, self.visit_start[visit[shown]])
 
 
 def record_batches(part: pa.Table | Path, kinds: Sequence[str]) -> Iterator[pa.RecordBatch]:
@@ -129,6 +143,11 @@ def one_chunk(records: pa.Table | pa.RecordBatch, name: str) -> pa.Array:
 def _recoded(codes: pa.DictionaryArray, indices: np.ndarray) -> pa.DictionaryArray:
     """Other places of the same dictionary."""
     return pa.DictionaryArray.from_arrays(pa.array(indices, pa.int32()), codes.dictionary)
+
+
+def datetimes(times: np.ndarray) -> np.ndarray:
+    """Microseconds as datetime64, NaT where ``NEVER``."""
+    return np.where(times == NEVER, np.iinfo(np.int64).min, times).view("M8[us]")
 
 
 def microseconds(times: pa.Array) -> np.ndarray:

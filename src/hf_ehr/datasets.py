@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from ._histories import (
     NEVER,
     History,
+    datetimes,
     distinct_codes,
     microseconds,
     offsets_of,
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STREAMS = ("input_ids", "visit_ids", "serial_ids")
+AGE_STREAM = "age_ids"
+"""The stream that examples have beside the others when their tokenizer has ``ages``."""
 SEXES = ("F", "M")
 """Sex in an example is 1 + the place in this tuple, 0 when unknown or other."""
 
@@ -113,7 +116,7 @@ def build_examples(
         tokenizer: Encodes codes in bulk (:meth:`EhrCodeTokenizer.encode_column`).
         labels: LABELS. ``None`` builds pre-training examples.
         kinds: Code lists of a visit, in the order in which their codes follow each other within it.
-        max_length: Most codes of an example; older visits go first.
+        max_length: Most codes of an example, separators included; older visits go first.
         subject_ids: Patients to keep, e.g. one split. ``None`` keeps all.
         min_unique_codes: Fewest distinct visible codes; Med-BERT pre-trains on patients with at least 3.
         label_names: The classes of ``categorical_value`` labels, or the codes of multi-label ones, in the order of
@@ -124,9 +127,9 @@ def build_examples(
 
     Returns:
         Columns ``subject_id``, ``prediction_time`` (null without labels), the lists ``input_ids``, ``visit_ids``,
-        ``serial_ids`` (int32), ``length``, ``age`` (years at the prediction time, NaN when unknown), ``sex``
-        (0 unknown, 1 F, 2 M) and ``labels`` (class index, float for ``float_value``, or 0/1 per label name) or,
-        without labels, ``prolonged_stay_labels`` (:func:`prolonged_stay`).
+        ``serial_ids`` (int32) and ``age_ids`` if the tokenizer has ``ages``, ``length``, ``age`` (years at the
+        prediction time, NaN when unknown), ``sex`` (0 unknown, 1 F, 2 M) and ``labels`` (class index, float for
+        ``float_value``, or 0/1 per label name) or, without labels, ``prolonged_stay_labels`` (:func:`prolonged_stay`).
 
     Raises:
         EhrDataError: The labels mix value columns, a class is not among ``label_names``, or no example is left.
@@ -145,7 +148,7 @@ def build_examples(
         kept,
         _Labels.parse(labels, label_names, kept),
     )
-    writer = _Writer(_features(builder.labels), None if cache_dir is None else Path(cache_dir))
+    writer = _Writer(_features(builder.labels, builder.streams), None if cache_dir is None else Path(cache_dir))
     parts = [records] if isinstance(records, pa.Table) else shard_paths(records, "records")
     for part in tqdm(parts, desc="Building examples", unit="shard", disable=len(parts) < 2):
         writer.add(table for batch in record_batches(part, kinds) for table in builder.examples(batch))
@@ -223,6 +226,11 @@ class _Builder:
     labels: _Labels | None
     counts: Counter = field(default_factory=Counter)
 
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """The streams of an example."""
+        return (*STREAMS, AGE_STREAM) if self.tokenizer.ages else STREAMS
+
     def examples(self, batch: pa.RecordBatch) -> Iterator[pa.Table]:
         """Example tables of one batch of records, each of about ``CODES_PER_CHUNK`` codes."""
         history = History.of(batch, self.kinds)
@@ -241,12 +249,14 @@ class _Builder:
 
     def _table(self, batch: pa.RecordBatch, history: History, rows: np.ndarray, label_rows: np.ndarray) -> pa.Table:
         times = np.full(len(rows), NEVER) if self.labels is None else self.labels.times[label_rows]
-        codes, visit_lengths, patient_lengths = history.visible(rows, times)
-        limit = None if self.drop_long else self.max_length
-        encoded = self.tokenizer.encode_column(codes, visit_lengths, patient_lengths, max_length=limit)
+        *histories, visit_starts = history.visible(rows, times)
+        options: dict[str, Any] = {"max_length": None if self.drop_long else self.max_length}
+        if self.tokenizer.ages:
+            births = microseconds(batch["birth_time"])[rows]
+            options |= {"birth_times": datetimes(births), "visit_starts": datetimes(visit_starts)}
+        encoded = self.tokenizer.encode_column(*histories, **options)
         lengths = np.diff(encoded.offsets)
-        few = self.min_unique_codes > 1
-        unique = distinct_codes(codes, visit_lengths, patient_lengths) if few else lengths
+        unique = distinct_codes(*histories) if self.min_unique_codes > 1 else lengths
         keep = self._keep(lengths, unique)
         tokens = np.repeat(keep, lengths)
         offsets = pa.array(total_before(lengths[keep]).astype(np.int32))
@@ -256,8 +266,8 @@ class _Builder:
             "subject_id": patients["subject_id"],
             "prediction_time": pa.array(times, mask=times == NEVER).cast(pa.timestamp("us")),
             **{
-                name: pa.ListArray.from_arrays(offsets, pa.array(stream[tokens]))
-                for name, stream in zip(STREAMS, encoded, strict=False)
+                name: pa.ListArray.from_arrays(offsets, pa.array(getattr(encoded, name)[tokens]))
+                for name in self.streams
             },
             "length": pa.array(lengths[keep].astype(np.int32)),
             "age": pa.array(_years(microseconds(patients["birth_time"]), times)),
@@ -335,7 +345,7 @@ class _Writer:
         return dataset
 
 
-def _features(labels: _Labels | None) -> datasets.Features:
+def _features(labels: _Labels | None, streams: Sequence[str]) -> datasets.Features:
     """The columns of EXAMPLES."""
     from datasets import ClassLabel, Features, List, Value
 
@@ -347,7 +357,7 @@ def _features(labels: _Labels | None) -> datasets.Features:
         {
             "subject_id": Value("int64"),
             "prediction_time": Value("timestamp[us]"),
-            **{name: List(Value("int32")) for name in STREAMS},
+            **{name: List(Value("int32")) for name in streams},
             "length": Value("int32"),
             "age": Value("float32"),
             "sex": Value("int8"),

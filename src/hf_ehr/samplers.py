@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from ._histories import ragged_indices, total_before
-from .datasets import STREAMS
+from .datasets import AGE_STREAM, STREAMS
 
 if TYPE_CHECKING:
     import datasets
@@ -32,7 +32,7 @@ class FlatBatch:
     """Some patients, one after the other; patient ``i`` owns the tokens ``offsets[i]:offsets[i + 1]``.
 
     Attributes:
-        streams: ``input_ids``, ``visit_ids`` and ``serial_ids``, each (tokens,) int.
+        streams: ``input_ids``, ``visit_ids``, ``serial_ids`` and, where examples have it, ``age_ids``; (tokens,) int.
         offsets: (patients + 1,) int64.
         targets: ``labels`` and ``prolonged_stay_labels`` where there are any, each (patients,) or (patients, labels).
         key: What makes random choices on this batch repeatable, (epoch, index); ``None`` when nobody counts batches.
@@ -49,7 +49,7 @@ class FlatBatch:
         lengths = [len(row[STREAMS[0]]) for row in rows]
         streams = {
             name: np.concatenate([np.asarray(row[name], np.int64) for row in rows])
-            for name in STREAMS
+            for name in (*STREAMS, AGE_STREAM)
             if name in rows[0]
         }
         targets = {name: np.asarray([row[name] for row in rows]) for name in TARGETS if name in rows[0]}
@@ -78,7 +78,7 @@ class FlatExamples:
                 f"`dataset` must have the columns {STREAMS}, {sorted(missing)} are missing. Use `build_examples`."
             )
         self.dataset = dataset
-        names = [*STREAMS, *(name for name in TARGETS if name in dataset.column_names)]
+        names = [*STREAMS, *(name for name in (AGE_STREAM, *TARGETS) if name in dataset.column_names)]
         batches = dataset.data.table.select(names).to_batches()
         self._chunks = [_Chunk.of(batch) for batch in batches if batch.num_rows]
         self._first_row = total_before(np.array([len(chunk.lengths) for chunk in self._chunks], np.int64))
@@ -114,7 +114,7 @@ class FlatExamples:
             rows = self._rows[rows].astype(np.int64)  # unsigned in the file
         lengths = self._stored_lengths[rows]
         offsets = total_before(lengths)
-        streams = {name: np.empty(offsets[-1], np.int32) for name in STREAMS}
+        streams = {name: np.empty(offsets[-1], np.int32) for name in self._chunks[0].streams}
         targets = {
             name: np.empty((len(rows), *like.shape[1:]), like.dtype) for name, like in self._chunks[0].targets.items()
         }
@@ -145,12 +145,13 @@ class _Chunk:
 
     @classmethod
     def of(cls, batch: pa.RecordBatch) -> _Chunk:
-        bounds = {name: batch[name].offsets.to_numpy() for name in STREAMS}
+        names = [name for name in (*STREAMS, AGE_STREAM) if name in batch.schema.names]
+        bounds = {name: batch[name].offsets.to_numpy() for name in names}
         starts = bounds[STREAMS[0]] - bounds[STREAMS[0]][0]
-        for name in STREAMS[1:]:
+        for name in names[1:]:
             if not np.array_equal(bounds[name] - bounds[name][0], starts):
                 raise ValueError(f"`{name}` must be as long as `{STREAMS[0]}` in each example. Build them again.")
-        streams = {name: batch[name].values.to_numpy()[bounds[name][0] :] for name in STREAMS}
+        streams = {name: batch[name].values.to_numpy()[bounds[name][0] :] for name in names}
         targets = {name: _target(batch[name]) for name in TARGETS if name in batch.schema.names}
         return cls(starts[:-1], np.diff(starts).astype(np.int32), streams, targets)
 

@@ -7,7 +7,6 @@ vocabulary while loading.
 """
 
 import os
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -23,6 +22,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from .code_hierarchy import parent
+from .ragged_visits import age_ids, check_lengths, first_in_visit, ranks, tokens_kept, total_before
 
 SPECIAL_TOKENS = {
     "pad_token": "[PAD]",
@@ -31,7 +31,6 @@ SPECIAL_TOKENS = {
     "sep_token": "[SEP]",
     "mask_token": "[MASK]",
 }
-MAX_VISITS = 999  # Med-BERT's visit table has 1,000 rows and row 0 is padding
 NO_ID = -1
 PIECE = 1_000_000  # strings that one thread looks up at a time
 
@@ -44,12 +43,15 @@ class EncodedColumn(NamedTuple):
         visit_ids: Number of the visit within its patient from 1, (tokens,) int32.
         serial_ids: Rank of the code within its visit from 0, (tokens,) int32.
         offsets: Bounds of the patients, (patients + 1,) int64.
+        age_ids: 1 + the age in whole years at the start of the visit, 0 where unknown, (tokens,) int32; ``None`` from
+            a tokenizer without ``ages``.
     """
 
     input_ids: np.ndarray
     visit_ids: np.ndarray
     serial_ids: np.ndarray
     offsets: np.ndarray
+    age_ids: np.ndarray | None = None
 
 
 class EhrCodeTokenizer(PreTrainedTokenizerFast):
@@ -61,6 +63,10 @@ class EhrCodeTokenizer(PreTrainedTokenizerFast):
     - ``visit_ids`` start at 1 (0 is padding) and ``serial_ids`` at 0 in each visit.
     - Too long a history loses its oldest visits whole; only a newest visit that alone is too long is cut, behind its
       first ``max_length`` codes, the ones of highest priority. At most 999 visits stay (Med-BERT's visit table).
+
+    BEHRT's input (Li et al. 2020) is two options kept with the vocabulary. ``visit_separators`` puts ``[CLS]`` before
+    the first visit and ``[SEP]`` behind each; both belong to their visit and count towards ``max_length``, ``[CLS]``
+    always stays. ``ages`` adds ``age_ids``.
 
     Build one with :meth:`from_codes` or :func:`hf_ehr.vocabulary.fit_tokenizer`.
 
@@ -86,11 +92,14 @@ class EhrCodeTokenizer(PreTrainedTokenizerFast):
                 call, which cannot drop, raises). The default keeps the two apart: ``[PAD]`` 0, ``[UNK]`` 1, ``[CLS]``
                 2, ``[SEP]`` 3, ``[MASK]`` 4, codes from 5.
             **state: JSON-able facts kept in ``init_kwargs`` and ``tokenizer_config.json``; ``kinds`` names the code
-                lists of a RECORD that :meth:`encode_patient` reads.
+                lists of a RECORD that :meth:`encode_patient` reads, ``visit_separators`` and ``ages`` are BEHRT's.
 
         Raises:
-            ValueError: A code occurs twice, is empty, or holds a space or the text of a special token.
+            ValueError: A code occurs twice, is empty, or holds a space or the text of a special token; or
+                ``code_exact`` is asked for separators, which that vocabulary does not have.
         """
+        if code_exact and state.get("visit_separators"):
+            raise ValueError("`visit_separators` must be False under `code_exact`: those ids have no [CLS] and [SEP].")
         named = {"pad_token": "[PAD]", "mask_token": "[PAD]"} if code_exact else SPECIAL_TOKENS
         tokens = [*dict.fromkeys(named.values()), *codes]
         _check_codes(codes, tokens)
@@ -102,6 +111,16 @@ class EhrCodeTokenizer(PreTrainedTokenizerFast):
     def kinds(self) -> tuple[str, ...]:
         """The code lists of a visit that histories are made of, in this order."""
         return tuple(self.init_kwargs.get("kinds", ("diagnoses",)))
+
+    @property
+    def visit_separators(self) -> bool:
+        """Whether histories begin with ``[CLS]`` and each visit ends with ``[SEP]``."""
+        return bool(self.init_kwargs.get("visit_separators", False))
+
+    @property
+    def ages(self) -> bool:
+        """Whether histories have ``age_ids``."""
+        return bool(self.init_kwargs.get("ages", False))
 
     def codes_to_ids(self, codes: Any) -> np.ndarray:
         """Ids of ``codes`` with back-off, in bulk.
@@ -137,12 +156,14 @@ class EhrCodeTokenizer(PreTrainedTokenizerFast):
         """One history as equal-length lists.
 
         Args:
-            visits: Lists of codes, oldest visit first, or a RECORD (a mapping with ``visits``).
+            visits: Lists of codes, oldest visit first, or a RECORD (a mapping with ``visits``). Ages come from the
+                ``birth_time`` of a RECORD and the ``start`` of its visits; without them they are unknown.
             max_length: Most codes to keep.
             truncation: ``False`` keeps all codes (but never more than 999 visits).
 
         Returns:
-            ``input_ids``, ``visit_ids``, ``serial_ids``, ``attention_mask``, each (codes,).
+            ``input_ids``, ``visit_ids``, ``serial_ids``, ``attention_mask``, each (codes,), and with ``ages``
+            ``age_ids``.
         """
         encoded = self.encode_patients([visits], max_length=max_length, truncation=truncation)
         return {name: rows[0] for name, rows in encoded.items()}
@@ -151,24 +172,35 @@ class EhrCodeTokenizer(PreTrainedTokenizerFast):
         self, patients: Iterable[Sequence[Iterable[str]] | Mapping], *, max_length: int = 512, truncation: bool = True
     ) -> dict[str, list[list[int]]]:
         """Several histories, unpadded: as :meth:`encode_patient`, one list per patient."""
+        patients = list(patients)
         histories = [self._visits(patient) for patient in patients]
         visits = [visit for history in histories for visit in history]
+        births, starts = _times(patients) if self.ages else (None, None)
         column = self.encode_column(
             [code for visit in visits for code in visit],
             [len(visit) for visit in visits],
             [len(history) for history in histories],
             max_length=max_length if truncation else None,
+            birth_times=births,
+            visit_starts=starts,
         )
-        *streams, offsets = column
-        streams.append(np.ones_like(column.input_ids))
-        bounds = list(pairwise(offsets))
+        streams = column._asdict() | {"attention_mask": np.ones_like(column.input_ids)}
+        bounds = list(pairwise(streams.pop("offsets")))
         return {
             name: [values[start:end].tolist() for start, end in bounds]
-            for name, values in zip(self.model_input_names, streams, strict=True)
+            for name, values in streams.items()
+            if values is not None
         }
 
     def encode_column(
-        self, codes: Any, visit_lengths: Any, patient_lengths: Any, *, max_length: int | None = 512
+        self,
+        codes: Any,
+        visit_lengths: Any,
+        patient_lengths: Any,
+        *,
+        max_length: int | None = 512,
+        birth_times: np.ndarray | None = None,
+        visit_starts: np.ndarray | None = None,
     ) -> EncodedColumn:
         """Histories of many patients at once, by the rules of :meth:`encode_patient` and without a loop over codes.
 
@@ -177,35 +209,64 @@ class EhrCodeTokenizer(PreTrainedTokenizerFast):
             visit_lengths: Codes of each visit, (visits,).
             patient_lengths: Visits of each patient, oldest visit first, (patients,).
             max_length: Most codes to keep of a patient; ``None`` keeps all.
+            birth_times: For ``ages``, (patients,) datetime64, NaT where unknown.
+            visit_starts: For ``ages``, (visits,) datetime64, NaT where unknown.
 
         Raises:
-            ValueError: The lengths do not add up, or ``max_length`` is below 1.
+            ValueError: The lengths do not add up, or ``max_length`` is below 1 (3 with separators).
         """
         ids = self.codes_to_ids(codes)
         visit_lengths, patient_lengths = np.asarray(visit_lengths, np.int64), np.asarray(patient_lengths, np.int64)
-        _check_lengths(len(ids), visit_lengths, patient_lengths, max_length)
+        separators = int(self.visit_separators)
+        check_lengths(len(ids), visit_lengths, patient_lengths, max_length, least=1 + 2 * separators)
         visit = np.repeat(np.arange(len(visit_lengths)), visit_lengths)
-        first = _first_in_visit(ids, visit) & (ids != NO_ID)
+        first = first_in_visit(ids, visit) & (ids != NO_ID)
         if not first.all():
             ids, visit = ids[first], visit[first]
             visit_lengths = np.bincount(visit, minlength=len(visit_lengths))
-        kept = _codes_kept(visit_lengths, patient_lengths, max_length)
-        ids = ids[_ranks(visit_lengths) < np.repeat(kept, visit_lengths)]
+        # A separator is a token of its visit, and [CLS] takes one place of the patient.
+        budget = None if max_length is None else max_length - separators
+        counts = tokens_kept(visit_lengths + separators * (visit_lengths > 0), patient_lengths, budget)
+        kept = np.maximum(counts - separators, 0)
+        ids = ids[ranks(visit_lengths) < np.repeat(kept, visit_lengths)]
         ends = np.cumsum(patient_lengths)
-        seen = _total_before(kept > 0)
+        seen = total_before(counts > 0)
         numbers = seen[1:] - np.repeat(seen[ends - patient_lengths], patient_lengths)
+        if separators:
+            opens = (counts > 0) & (numbers == 1)
+            counts = counts + opens
+            ids = self._separated(ids, kept, counts, opens)
         return EncodedColumn(
             ids,
-            np.repeat(numbers.astype(np.int32), kept),
-            _ranks(kept).astype(np.int32),
-            np.append(0, _total_before(kept)[ends]),
+            np.repeat(numbers.astype(np.int32), counts),
+            ranks(counts).astype(np.int32),
+            np.append(0, total_before(counts)[ends]),
+            np.repeat(age_ids(birth_times, visit_starts, patient_lengths), counts) if self.ages else None,
         )
 
+    def _separated(self, ids: np.ndarray, kept: np.ndarray, counts: np.ndarray, opens: np.ndarray) -> np.ndarray:
+        """Codes with ``[CLS]`` before the visits that open a patient and ``[SEP]`` behind all, (tokens,) int32.
+
+        Args:
+            ids: (codes,).
+            kept: Codes of each visit, (visits,).
+            counts: Tokens of each visit, (visits,).
+            opens: Which visits are a patient's first, (visits,).
+        """
+        tokens = np.full(counts.sum(), self.sep_token_id, np.int32)
+        starts = total_before(counts)[:-1]
+        tokens[starts[opens]] = self.cls_token_id
+        tokens[np.repeat(starts + opens, kept) + ranks(kept)] = ids
+        return tokens
+
     def decode_patient(self, input_ids: Any, visit_ids: Any) -> list[list[str]]:
-        """The visits behind ``input_ids`` and ``visit_ids``, both (codes,); padding (visit 0) is left out."""
+        """The visits behind ``input_ids`` and ``visit_ids``, both (codes,); padding and separators are left out."""
         visits: dict[int, list[str]] = {}
-        ids, numbers = np.asarray(input_ids).tolist(), np.asarray(visit_ids).tolist()
-        for number, code in zip(numbers, self.convert_ids_to_tokens(ids), strict=True):
+        ids, numbers = np.asarray(input_ids), np.asarray(visit_ids)
+        if self.visit_separators:
+            codes = ~np.isin(ids, [self.cls_token_id, self.sep_token_id])
+            ids, numbers = ids[codes], numbers[codes]
+        for number, code in zip(numbers.tolist(), self.convert_ids_to_tokens(ids.tolist()), strict=True):
             if number:
                 visits.setdefault(number, []).append(code)
         return list(visits.values())
@@ -292,63 +353,12 @@ def _check_codes(codes: Sequence[str], tokens: list[str]) -> None:
             raise ValueError(f"`codes` must not hold the text of a special token, got {code!r}.")
 
 
-def _check_lengths(codes: int, visit_lengths: np.ndarray, patient_lengths: np.ndarray, max_length: int | None) -> None:
-    if visit_lengths.sum() != codes:
-        raise ValueError(f"`visit_lengths` must add up to the {codes} codes, got {visit_lengths.sum()}.")
-    if patient_lengths.sum() != len(visit_lengths):
-        raise ValueError(
-            f"`patient_lengths` must add up to the {len(visit_lengths)} visits, got {patient_lengths.sum()}."
-        )
-    if max_length is not None and max_length < 1:
-        raise ValueError(f"`max_length` must be at least 1 or None, got {max_length}.")
-
-
-def _total_before(values: np.ndarray) -> np.ndarray:
-    """Exclusive running total with the grand total behind it, (values + 1,) int64."""
-    return np.append(0, np.cumsum(values, dtype=np.int64))
-
-
-def _ranks(lengths: np.ndarray) -> np.ndarray:
-    """0, 1, … within each run of the given lengths, (sum of lengths,) int64."""
-    return np.arange(lengths.sum()) - np.repeat(_total_before(lengths)[:-1], lengths)
-
-
-def _first_in_visit(ids: np.ndarray, visit: np.ndarray) -> np.ndarray:
-    """Which codes have no equal before them in their visit; ``ids`` and the ascending ``visit`` are (codes,)."""
-    first = np.ones(len(ids), bool)
-    if not len(ids):
-        return first
-    base = int(ids.max()) + 2  # ids start at -1
-    keys = visit * base + ids
-    ordered = np.sort(keys, kind="stable")  # fast here, for the visits are in order already
-    repeated = ordered[1:][ordered[1:] == ordered[:-1]]
-    if len(repeated):  # a few visits, so only their codes are sorted a second time, with positions
-        affected = np.zeros(int(visit[-1]) + 1, bool)
-        affected[(repeated + 1) // base] = True
-        positions = np.flatnonzero(affected[visit])
-        first[positions] = False
-        first[positions[np.unique(keys[positions], return_index=True)[1]]] = True
-    return first
-
-
-def _codes_kept(visit_lengths: np.ndarray, patient_lengths: np.ndarray, max_length: int | None) -> np.ndarray:
-    """How many codes each visit keeps from its front, (visits,) int64: the rules of truncation."""
-    ends = np.cumsum(patient_lengths)
-
-    def from_here_on(values: np.ndarray) -> np.ndarray:
-        """Sum of ``values`` over this and the patient's later visits."""
-        before = _total_before(values)
-        return np.repeat(before[ends], patient_lengths) - before[:-1]
-
-    newness = from_here_on(visit_lengths > 0)  # 1 for the newest visit that has codes
-    recent = newness <= MAX_VISITS
-    fits = np.ones(len(visit_lengths), bool) if max_length is None else from_here_on(visit_lengths) <= max_length
-    if (fits & ~recent).any():
-        warnings.warn(f"Histories of more than {MAX_VISITS} visits keep only the last {MAX_VISITS}.", stacklevel=3)
-    kept = np.where(fits & recent, visit_lengths, 0)
-    if max_length is not None:
-        kept = np.where(newness == 1, np.minimum(visit_lengths, max_length), kept)
-    return kept
+def _times(patients: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Births (patients,) and starts of all visits (visits,) of RECORDS, datetime64; NaT where a patient has none."""
+    records = [patient if isinstance(patient, Mapping) else {"visits": patient} for patient in patients]
+    visits = [visit for record in records for visit in record["visits"]]
+    starts = [visit.get("start") if isinstance(visit, Mapping) else None for visit in visits]
+    return np.array([record.get("birth_time") for record in records], "M8[us]"), np.array(starts, "M8[us]")
 
 
 EhrCodeTokenizer.register_for_auto_class("AutoTokenizer")
