@@ -98,8 +98,8 @@ def attention_of(
     """
     import torch
 
-    config = model.config
-    inputs = tokenizer.encode_patient(visits, max_length=max_length or config.max_position_embeddings)
+    limit = getattr(model.config, "max_position_embeddings", None) if max_length is None else max_length
+    inputs = tokenizer.encode_patient(visits, max_length=limit)
     if not inputs["input_ids"]:
         raise ValueError("`visits` must hold at least one code that the tokenizer knows, got none.")
     batch = {name: torch.tensor([ids], device=model.device) for name, ids in inputs.items()}
