@@ -90,6 +90,14 @@ def test_without_visit_ids_all_codes_are_of_the_first_visit():
         torch.testing.assert_close(model(codes, mask).logits, model(codes, mask, visit_ids=mask).logits)
 
 
+@pytest.mark.parametrize("level", ["token", "visit"])
+def test_dropout_falls_on_the_steps_in_training_only(level):
+    model, batch = model_of("gru", level, hidden_dropout_prob=0.5).model, padded_batch(50)
+    kept, dropped = steps_of(model, batch).states, steps_of(model.train(), batch).states
+    assert (dropped == 0).float().mean().item() == pytest.approx(0.5, abs=0.15)
+    torch.testing.assert_close(dropped[dropped != 0], 2 * kept[dropped != 0])
+
+
 @pytest.mark.parametrize(("head", "level"), KINDS)
 def test_embeddings_can_stand_in_for_codes(head, level):
     model, batch = model_of(head, level), padded_batch(50)
@@ -205,6 +213,18 @@ def test_the_tokenizer_beside_it_is_found(tmp_path):
     EhrCodeTokenizer.from_codes(["ICD10CM/I10"]).save_pretrained(tmp_path)
     model_of("gru", "token").save_pretrained(tmp_path)
     assert isinstance(AutoTokenizer.from_pretrained(tmp_path), EhrCodeTokenizer)
+
+
+def test_new_heads_on_saved_embeddings_start_from_random_weights_not_from_bare_memory(tmp_path):
+    saved = model_of("gru", "visit", hidden_size=64)
+    saved.save_pretrained(tmp_path)
+    model = EhrRnnModel.from_pretrained(tmp_path, head="retain")
+    assert torch.equal(model.get_input_embeddings().weight, saved.get_input_embeddings().weight)
+    for name, weight in model.head.named_parameters():
+        bound = 1 / 8 if "gru" in name else 0.1
+        assert weight.abs().max() <= bound
+        if "weight" in name:
+            assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.2), name
 
 
 def test_inputs_that_it_does_not_read_change_nothing():

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers import Trainer, TrainingArguments
 
 from hf_ehr import MedBertConfig, MedBertForSequenceClassification, MedBertModel
 from hf_ehr.models.modeling_ehr import PackedSequences
@@ -221,11 +222,30 @@ def test_attention_stays_exact_in_half_precision():
     with torch.no_grad():
         outputs = model(**pack(padded_batch(50)))
     assert outputs.logits.dtype == torch.bfloat16
-    assert outputs.head_alpha.dtype == torch.float32
+    assert outputs.head_alpha.dtype == outputs.contributions.dtype == torch.float32
     torch.testing.assert_close(outputs.head_alpha.sum(dim=1), torch.ones(3))
 
 
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_reads_half_precision_states_in_its_own_precision(name):
+    """What an encoder under autocast hands over; a recurrence in half precision would pile up its errors."""
+    head, (states, mask) = head_of(name), states_of()
+    rounded = states.bfloat16()
+    half, full = head(Steps.of(rounded, mask)).states, head(Steps.of(rounded.float(), mask)).states
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, full)
+
+
 # The model around the head
+
+
+@pytest.mark.parametrize("name", ["gru", "retain"])
+def test_prediction_returns_plain_logits(name, tmp_path):
+    batch = padded_batch(50)
+    rows = [{key: value[row] for key, value in batch.items()} for row in range(3)]
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    predictions = Trainer(medbert(name), arguments).predict(rows).predictions
+    torch.testing.assert_close(torch.from_numpy(predictions), medbert(name)(**batch).logits.detach())
 
 
 def test_the_classifier_is_the_last_layer_and_reads_the_pooler_output():

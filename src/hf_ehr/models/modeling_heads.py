@@ -162,7 +162,8 @@ class HeadOutput(NamedTuple):
         """RETAIN's `contributions` (patients, steps, labels): α_j W (β_j ⊙ v_j), its eq. 5; empty for a GRU."""
         if self.alpha is None:
             return {}
-        return {"contributions": self.steps.rectangle(nn.functional.linear(self.states, classifier.weight))}
+        weight = classifier.weight.to(self.states.dtype)
+        return {"contributions": self.steps.rectangle(nn.functional.linear(self.states, weight))}
 
 
 class GruHead(nn.Module):
@@ -206,8 +207,8 @@ class RetainHead(nn.Module):
         weights = steps.rectangle(scores, fill=torch.finfo(scores.dtype).min).softmax(dim=1)
         alpha = weights.flatten()[steps.places]
         beta = self.beta(reverse.run(self.beta_gru, steps.states)[0]).tanh()
-        weighted = (alpha[:, None] * beta * steps.states).to(steps.states.dtype)
-        return HeadOutput(steps.total(weighted), steps, weighted, alpha, beta)
+        weighted = alpha[:, None] * beta * steps.states  # in fp32, like alpha: long sums lose steps in half precision
+        return HeadOutput(steps.total(weighted).to(steps.states.dtype), steps, weighted, alpha, beta)
 
 
 def new_head(name: str, input_size: int, hidden_size: int) -> GruHead | RetainHead:
