@@ -191,17 +191,21 @@ def ppmi_matrix(dataset: Examples, vocab_size: int) -> sp.csr_matrix:
     Returns:
         ``(vocab_size, vocab_size)`` float64, symmetric, zero diagonal.
     """
+    codes = count_matrix(dataset, vocab_size, binary=True)
+    return positive_pmi(codes.T @ codes)
+
+
+def positive_pmi(together: sp.csr_matrix) -> sp.csr_matrix:
+    """:func:`ppmi_matrix` of the counts ``together``, (codes, codes) and symmetric; their diagonal is not read."""
     import scipy.sparse as sp
 
-    codes = count_matrix(dataset, vocab_size, binary=True)
-    pairs = (codes.T @ codes).tocoo()
+    pairs = together.tocoo()
     off_diagonal = pairs.row != pairs.col
     row, column, count = pairs.row[off_diagonal], pairs.col[off_diagonal], pairs.data[off_diagonal].astype(np.float64)
-    occurrences = np.bincount(row, count, vocab_size)
+    occurrences = np.bincount(row, count, pairs.shape[0])
     information = np.log(count * count.sum()) - np.log(occurrences[row] * occurrences[column])
     positive = information > 0
-    shape = (vocab_size, vocab_size)
-    return sp.csr_matrix((information[positive], (row[positive], column[positive])), shape=shape)
+    return sp.csr_matrix((information[positive], (row[positive], column[positive])), shape=pairs.shape)
 
 
 def ppmi_svd_embeddings(dataset: Examples, vocab_size: int, dim: int = 60, seed: int = 0) -> Array:
@@ -219,16 +223,26 @@ def ppmi_svd_embeddings(dataset: Examples, vocab_size: int, dim: int = 60, seed:
     Raises:
         ValueError: ``dim`` is not below ``vocab_size``.
     """
+    return truncated_svd(ppmi_matrix(dataset, vocab_size), dim, seed)
+
+
+def truncated_svd(matrix: sp.csr_matrix, dim: int, seed: int) -> Array:
+    """U √Σ of the ``dim`` largest singular values of a square matrix, (rows, dim) float32.
+
+    Raises:
+        ValueError: ``dim`` is not below the number of rows.
+    """
     from scipy.sparse.linalg import svds
 
-    if not 0 < dim < vocab_size:
-        raise ValueError(f"`dim` must lie in [1, {vocab_size}), below `vocab_size`, got {dim}.")
-    start = np.random.default_rng(seed).uniform(0.5, 1, vocab_size)
-    left, singular, _ = svds(ppmi_matrix(dataset, vocab_size), k=dim, v0=start)
+    size = matrix.shape[0]
+    if not 0 < dim < size:
+        raise ValueError(f"`dim` must lie in [1, {size}), below the size of the vocabulary, got {dim}.")
+    left, singular, _ = svds(matrix, k=dim, v0=np.random.default_rng(seed).uniform(0.5, 1, size))
     order = np.argsort(-singular)
     left, singular = left[:, order], singular[order]
     # An SVD leaves the sign of each direction open: the largest entry is made positive.
     left *= np.sign(left[np.abs(left).argmax(axis=0), np.arange(dim)])
+    left[np.diff(matrix.indptr) == 0] = 0  # else the rounding error of a code that meets no other
     return np.asarray(left * np.sqrt(singular), dtype=np.float32)
 
 
