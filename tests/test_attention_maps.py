@@ -10,7 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_ehr import EhrCodeTokenizer, MedBertConfig, MedBertForMaskedLM, MedBertForSequenceClassification, MedBertModel
+from hf_ehr import (
+    EhrCodeTokenizer,
+    EhrRnnConfig,
+    EhrRnnModel,
+    MedBertConfig,
+    MedBertForMaskedLM,
+    MedBertForSequenceClassification,
+    MedBertModel,
+)
 from hf_ehr.attention_maps import MAX_DRAWN, AttentionView, attention_map, attention_of, layer_mean, rollout
 
 from .builders import patient, visit
@@ -155,8 +163,9 @@ def test_a_patient_without_known_codes_is_refused(tokenizer):
         attention_of(model_of(), tokenizer, [[], []])
 
 
-def test_a_model_without_attention_is_refused(tokenizer):
-    model = model_of(num_hidden_layers=0)
+@pytest.mark.parametrize("kind", ["rnn", "no layers"])
+def test_a_model_without_attention_is_refused(tokenizer, kind):
+    model = EhrRnnModel(EhrRnnConfig.tiny(vocab_size=9)) if kind == "rnn" else model_of(num_hidden_layers=0)
     with pytest.raises(ValueError, match="`model` must return attention weights"):
         attention_of(model, tokenizer, HISTORY)
 

@@ -104,7 +104,7 @@ def attention_of(
         raise ValueError("`visits` must hold at least one code that the tokenizer knows, got none.")
     batch = {name: torch.tensor([ids], device=model.device) for name, ids in inputs.items()}
     with _evaluating_eagerly(model), torch.no_grad():
-        layers = model.base_model(**batch, output_attentions=True).attentions
+        layers = getattr(model.base_model(**batch, output_attentions=True), "attentions", None)
     if not layers or layers[0] is None:
         raise ValueError(
             f"`model` must return attention weights, and {type(model).__name__} returned none. Pass a model with an "
