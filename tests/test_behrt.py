@@ -55,7 +55,7 @@ def test_a_patient_by_hand(tokenizer):
         "attention_mask": [1] * 9,
     }
     model = MedBertForMaskedLM(MedBertConfig.behrt(vocab_size=10, hidden_size=12, num_hidden_layers=1)).eval()
-    segments, places = [], []
+    segments: list = []
     model.model.embeddings.visit_embeddings.register_forward_pre_hook(lambda _, ids: segments.extend(ids[0][0]))
     with torch.no_grad():
         model(**{name: torch.tensor([values]) for name, values in history.items()})
