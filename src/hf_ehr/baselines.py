@@ -237,6 +237,8 @@ def truncated_svd(matrix: sp.csr_matrix, dim: int, seed: int) -> Array:
     size = matrix.shape[0]
     if not 0 < dim < size:
         raise ValueError(f"`dim` must lie in [1, {size}), below the size of the vocabulary, got {dim}.")
+    if not matrix.nnz:
+        return np.zeros((size, dim), np.float32)  # ARPACK takes no matrix of zeros
     left, singular, _ = svds(matrix, k=dim, v0=np.random.default_rng(seed).uniform(0.5, 1, size))
     order = np.argsort(-singular)
     left, singular = left[:, order], singular[order]

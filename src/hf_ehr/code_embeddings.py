@@ -41,7 +41,7 @@ LONGEST_WINDOW = 1 << 62
 
 NOISE_POWER = 0.75
 PAIRS_PER_STEP = 1024
-MEETINGS_PER_STEP = 8
+MEETINGS_PER_STEP = 4
 NOISE_CODES_PER_STEP = 64
 
 _VECTORS_FILE = "code_embeddings.safetensors"
@@ -116,7 +116,7 @@ class CodeEmbeddings:
         """
         # A tokenizer of the codes that have vectors knows the rules of back-off already.
         own = type(tokenizer).from_codes(self.codes)
-        ids = own.codes_to_ids(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
+        ids = own.codes_to_ids(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))))
         known = ~np.isin(ids, own.all_special_ids)
         matrix = np.zeros((len(tokenizer), self.dim), np.float32)
         matrix[known] = self.vectors[ids[known] - len(own.all_special_ids)]
@@ -162,7 +162,7 @@ def ppmi_svd(
     )
     vectors = truncated_svd(positive_pmi(together), dim, seed)
     settings = {"dim": dim, "seed": seed} | _provenance(tokenizer, subject_ids)
-    return _table(tokenizer, vectors, vectors.any(axis=1), "ppmi_svd", settings)
+    return _table(tokenizer, vectors, (vectors != 0).any(axis=1), "ppmi_svd", settings)
 
 
 def time_window_skipgram(
@@ -324,15 +324,15 @@ class _SkipGram:
     """
 
     def __init__(self, counts: np.ndarray, dim: int, negatives: int, rng: np.random.Generator):
-        noise = counts**NOISE_POWER
-        self.cumulative = np.cumsum(noise) / noise.sum()
+        noise = np.cumsum(counts**NOISE_POWER)
+        self.cumulative = noise / noise[-1]
         self.weight = negatives / NOISE_CODES_PER_STEP
         self.rng = rng
         self.centre = torch.from_numpy(((rng.random((len(counts), dim)) - 0.5) / dim).astype(np.float32))
         self.context = torch.zeros(len(counts), dim)
         # A frequent code sums its gradients over a step; beyond some meetings the step would overshoot.
         enough = MEETINGS_PER_STEP * counts.sum() / counts.max()
-        self.pairs_per_step = int(np.clip(enough, NOISE_CODES_PER_STEP, PAIRS_PER_STEP))
+        self.pairs_per_step = int(min(enough, PAIRS_PER_STEP))
 
     def steps(self, pairs: np.ndarray) -> Iterator[np.ndarray]:
         """``pairs`` (2, pairs) cut into what one step takes."""
