@@ -9,7 +9,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_ehr import MedBertConfig, MedBertForSequenceClassification, MedBertModel
 from hf_ehr.models.modeling_ehr import PackedSequences
-from hf_ehr.models.modeling_heads import RetainHead, Steps, TimeMajor, new_head
+from hf_ehr.models.modeling_heads import RetainHead, Steps, TimeMajor, fused_gru, new_head, stepwise_gru
 from tests.models.common import LENGTHS, pack, padded_batch
 
 HEADS = ("gru", "bigru", "retain")
@@ -43,9 +43,9 @@ def medbert(head: str, **overrides) -> MedBertForSequenceClassification:
 # Against formulas written out
 
 
-def gru_by_hand(gru: nn.GRU, steps: torch.Tensor, suffix: str = "") -> torch.Tensor:
+def gru_by_hand(gru: nn.GRU, steps: torch.Tensor) -> torch.Tensor:
     """Cho et al. 2014 in PyTorch's order of gates, one step after the other: (steps, input) → (steps, hidden)."""
-    weights = {name: getattr(gru, f"{name}_l0{suffix}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")}
+    weights = {name: getattr(gru, f"{name}_l0") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")}
     state, states = torch.zeros(gru.hidden_size), []
     for step in steps:
         from_input = (weights["weight_ih"] @ step + weights["bias_ih"]).chunk(3)
@@ -81,7 +81,7 @@ def test_bigru_reads_the_last_valid_forward_and_the_first_backward_state_by_hand
     for row, length in enumerate(LENGTHS):
         steps = states[row, :length]
         forward = gru_by_hand(head.gru, steps)[-1]
-        backward = gru_by_hand(head.gru, steps.flip(0), "_reverse").flip(0)[0]
+        backward = gru_by_hand(head.reverse_gru, steps.flip(0)).flip(0)[0]
         torch.testing.assert_close(output.features[row], torch.cat([forward, backward]), atol=1e-6, rtol=1e-5)
 
 
@@ -114,6 +114,21 @@ def test_any_lengths_give_what_each_patient_gives_alone(lengths, reverse, seed):
             mine = outputs[sum(lengths[:patient]) : sum(lengths[: patient + 1])]
             torch.testing.assert_close(mine, alone.flip(0) if reverse else alone, atol=1e-6, rtol=1e-5)
             torch.testing.assert_close(last[patient], end[0], atol=1e-6, rtol=1e-5)
+
+
+def test_the_kernel_of_the_gpu_and_the_steps_of_the_cpu_give_the_same_states_and_gradients():
+    torch.manual_seed(0)
+    gru, weights = nn.GRU(6, 4), torch.randn(19, 4)
+    order = TimeMajor.of(borders(LENGTHS))
+    results = []
+    for run in (fused_gru, stepwise_gru):
+        inputs = torch.linspace(-2, 2, 19 * 6).view(19, 6).requires_grad_()
+        states, last = run(gru, inputs, order.batch_sizes)
+        gru.zero_grad()
+        ((states * weights).sum() + last.square().sum()).backward()
+        results.append([states, last, inputs.grad, *(p.grad.clone() for p in gru.parameters())])
+    for fused, stepwise in zip(*results, strict=True):
+        torch.testing.assert_close(stepwise, fused, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", HEADS)

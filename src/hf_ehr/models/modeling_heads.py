@@ -67,7 +67,7 @@ class Steps(NamedTuple):
             attention_mask = torch.ones(patients, width, device=states.device)
         places = attention_mask.flatten().nonzero().squeeze(1)
         owners = places // width
-        return cls(states.flatten(0, 1)[places], _borders(owners, patients), places, (patients, width))
+        return cls(states.flatten(0, 1).index_select(0, places), _borders(owners, patients), places, (patients, width))
 
     def sums(self, visit_ids: torch.Tensor) -> "Steps":
         """One step per visit, the sum of its steps; `visit_ids` (total,), neighbours of one visit have equal ids."""
@@ -121,22 +121,48 @@ class TimeMajor(NamedTuple):
         return cls(rows, batch_sizes.cpu(), order)
 
     def run(self, gru: nn.GRU, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Every patient from a zero state.
+        """Every patient from a zero state, in the precision of the weights.
 
         Args:
-            gru: One layer, one or two directions.
+            gru: One layer, one direction.
             states: (total, input), steps of the patients end to end.
 
         Returns:
-            The state after each step, (total, features), where `states` has the step; and what the GRU ends with in
-            each of its directions, (patients, features), zero for a patient without steps.
+            The state after each step, (total, hidden), where `states` has the step; and the state each patient ends
+            in, (patients, hidden), zero for one without steps.
         """
-        states = states.to(gru.all_weights[0][0].dtype)  # encoders under autocast hand over half precision
+        states = states.to(gru.all_weights[0][0].dtype)
         inputs = torch.empty_like(states).index_copy(0, self.rows, states)
-        outputs, ends = gru(PackedSequence(inputs, self.batch_sizes))
-        ends = ends.transpose(0, 1).flatten(1)
+        with torch.autocast(states.device.type, enabled=False):
+            outputs, ends = (fused_gru if states.is_cuda else stepwise_gru)(gru, inputs, self.batch_sizes)
         last = ends.new_zeros(len(self.order), ends.shape[1]).index_copy(0, self.order[: len(ends)], ends)
-        return outputs.data[self.rows], last
+        return outputs.index_select(0, self.rows), last
+
+
+def fused_gru(gru: nn.GRU, inputs: torch.Tensor, batch_sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """States (total, hidden) and last states (patients, hidden) of time-major `inputs`, by PyTorch's own kernel."""
+    outputs, ends = gru(PackedSequence(inputs, batch_sizes))
+    return outputs.data, ends[0]
+
+
+def stepwise_gru(gru: nn.GRU, inputs: torch.Tensor, batch_sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `fused_gru`, which on the CPU fills a gradient of the size of all steps with zeros for every step.
+
+    Here the inputs are split once, and the backward of that is one concatenation.
+    """
+    weight_input, weight_state, bias_input, bias_state = gru.all_weights[0]
+    sizes, gates = batch_sizes.tolist(), 2 * gru.hidden_size
+    state, states, ended = inputs.new_zeros(sizes[0], gru.hidden_size), [], []
+    for from_input in nn.functional.linear(inputs, weight_input, bias_input).split(sizes):
+        if len(from_input) < len(state):  # the shortest patients come last
+            state, ends = state.tensor_split([len(from_input)])
+            ended.append(ends)
+        from_state = nn.functional.linear(state, weight_state, bias_state)
+        reset, update = (from_input[:, :gates] + from_state[:, :gates]).sigmoid().chunk(2, dim=1)
+        candidate = (from_input[:, gates:] + reset * from_state[:, gates:]).tanh()
+        state = torch.lerp(candidate, state, update)
+        states.append(state)
+    return torch.cat(states), torch.cat([state, *reversed(ended)])
 
 
 class HeadOutput(NamedTuple):
@@ -167,16 +193,20 @@ class HeadOutput(NamedTuple):
 
 
 class GruHead(nn.Module):
-    """GRU over the steps; the patient's vector is its last state, in two directions the last and the first."""
+    """GRU over the steps; the patient's vector is its last state, with a second GRU in reverse time that one's too."""
 
     def __init__(self, input_size: int, hidden_size: int, bidirectional: bool = False):
         super().__init__()
-        self.gru = nn.GRU(input_size, hidden_size, bidirectional=bidirectional)
+        self.gru = nn.GRU(input_size, hidden_size)
+        self.reverse_gru = nn.GRU(input_size, hidden_size) if bidirectional else None
         self.num_features = hidden_size * (2 if bidirectional else 1)
 
     def forward(self, steps: Steps) -> HeadOutput:
         """Steps → the patients' vectors, (patients, features)."""
         states, last = TimeMajor.of(steps.packed).run(self.gru, steps.states)
+        if self.reverse_gru is not None:
+            reverse_states, first = TimeMajor.of(steps.packed, reverse=True).run(self.reverse_gru, steps.states)
+            states, last = torch.cat([states, reverse_states], dim=1), torch.cat([last, first], dim=1)
         return HeadOutput(last, steps, states)
 
 
@@ -205,7 +235,7 @@ class RetainHead(nn.Module):
         reverse = TimeMajor.of(steps.packed, reverse=True)
         scores = self.alpha(reverse.run(self.alpha_gru, steps.states)[0]).squeeze(1).float()
         weights = steps.rectangle(scores, fill=torch.finfo(scores.dtype).min).softmax(dim=1)
-        alpha = weights.flatten()[steps.places]
+        alpha = weights.flatten().index_select(0, steps.places)
         beta = self.beta(reverse.run(self.beta_gru, steps.states)[0]).tanh()
         weighted = alpha[:, None] * beta * steps.states  # in fp32, like alpha: long sums lose steps in half precision
         return HeadOutput(steps.total(weighted).to(steps.states.dtype), steps, weighted, alpha, beta)
