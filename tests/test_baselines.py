@@ -21,6 +21,7 @@ from hf_ehr.baselines import (
     ppmi_svd_embeddings,
     ppmi_svd_lr,
     prevalence,
+    random_forest,
 )
 from hf_ehr.metrics import auroc
 
@@ -133,8 +134,10 @@ def test_the_penalty_is_chosen_on_validation():
     assert not np.allclose(informed, misled)
 
 
-def test_the_seed_reaches_lightgbm(splits):
-    one, other = (lightgbm_counts(*splits, vocab_size=VOCAB, seed=seed).test for seed in (1, 2))
+@pytest.mark.parametrize("baseline", [lightgbm_counts, random_forest])
+def test_the_seed_decides_a_random_baseline(splits, baseline):
+    one, again, other = (baseline(*splits, vocab_size=VOCAB, seed=seed).test for seed in (1, 1, 2))
+    np.testing.assert_array_equal(one, again)
     assert not np.array_equal(one, other)
 
 
