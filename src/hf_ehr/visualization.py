@@ -61,6 +61,39 @@ def label_efficiency_curve(
         _legend_beside(axes)
 
 
+def forest_plot(
+    results: Mapping[str, Mapping[str, Interval]], path: str | Path, *, metric: str = "AUROC", title: str = ""
+) -> None:
+    """Draws every row of a table as a point with its interval, one panel a column.
+
+    Args:
+        results: Row → column → figure; rows appear from the top in this order.
+        path: The PNG to write.
+        metric: Name on the x axes.
+        title: Above the plot.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: There is nothing to draw.
+    """
+    columns = list(dict.fromkeys(column for row in results.values() for column in row))
+    if not columns:
+        raise ValueError("`results` must hold at least one figure, got none.")
+    with _figure(path, (2.0 + 3.2 * len(columns), 1.2 + 0.3 * len(results))) as figure:
+        panels = np.atleast_1d(figure.subplots(1, len(columns), sharey=True))
+        for axes, column in zip(panels, columns, strict=True):
+            for place, row in enumerate(results.values()):
+                if column in row:
+                    _draw_interval(axes, row[column], place)
+            axes.set(xlabel=metric)
+            axes.set_title(column, fontsize=9)
+            _decorate(axes)
+        panels[0].set_yticks(range(len(results)), list(results))
+        panels[0].invert_yaxis()
+        figure.suptitle(title)
+        figure.tight_layout()
+
+
 def calibration_plot(
     predictions: Mapping[str, tuple[ArrayLike, ArrayLike]],
     path: str | Path,
@@ -133,6 +166,11 @@ def _draw_curve(axes: Axes, name: str, curve: Mapping[int, Interval], index: int
         x, value, np.maximum([value - low, high - value], 0), label=name, color=color, marker=marker,
         markersize=5, linewidth=1.6, elinewidth=1.1, capsize=3,
     )  # fmt: skip
+
+
+def _draw_interval(axes: Axes, figure: Interval, place: int) -> None:
+    ends = [[max(figure.value - figure.low, 0)], [max(figure.high - figure.value, 0)]]
+    axes.errorbar([figure.value], [place], xerr=ends, color=COLORS[0], marker="o", markersize=5, capsize=3)
 
 
 def _draw_reliability(axes: Axes, name: str, y: Array, p: Array, bins: int, index: int) -> float:

@@ -7,13 +7,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import pyarrow.parquet as pq
 import torch
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import AutoModel, AutoTokenizer, HfArgumentParser, TrainingArguments
 
-from hf_ehr import evaluation, training
+from hf_ehr import convert as convert_run
+from hf_ehr import evaluation, experiments, training
 from hf_ehr import quickstart as quickstart_run
+from hf_ehr import transfer as transfer_run
+from hf_ehr.attention_maps import attention_map, attention_of
+from hf_ehr.attention_page import attention_page
 from hf_ehr.prepare import SourceName, format_summary
 from hf_ehr.prepare import prepare as prepare_data
+from hf_ehr.schema import shard_paths
 from hf_ehr.vocabulary import coverage
 from hf_ehr.vocabulary import fit_tokenizer as fit
 
@@ -51,6 +57,18 @@ class TokenizerArguments:
     min_count: int = field(default=1, metadata={"help": "Fewest occurrences of a code of its own."})
     max_size: int | None = field(default=None, metadata={"help": "Most codes."})
     code_exact: bool = field(default=False, metadata={"help": "Med-BERT's released ids: 0 is padding and mask."})
+
+
+@dataclass
+class AttentionArguments:
+    """Arguments of `hf-ehr attention`."""
+
+    model: str = field(metadata={"help": "Folder or Hub id of a Med-BERT."})
+    data: str = field(metadata={"help": "Prepared folder."})
+    output: str = field(metadata={"help": "Folder for attention.png and attention.html: patient data, keep it so."})
+    row: int = field(default=0, metadata={"help": "Which patient: row of the records, counted from 0."})
+    layer: int | None = field(default=None, metadata={"help": "Layer of the figure, from 1; layer means by default."})
+    head: int | None = field(default=None, metadata={"help": "Head of that layer, from 1; all when left out."})
 
 
 def prepare(words: list[str]) -> None:
@@ -115,6 +133,54 @@ def evaluate(words: list[str]) -> None:
     print(evaluation.evaluate(arguments).read_text())
 
 
+def report(words: list[str]) -> None:
+    """``hf-ehr report SPEC``."""
+    example = "hf-ehr report medbert_table4 --output reports/"
+    name, words = _positional(words, "SPEC", example)
+    (arguments,) = _parse("report SPEC", example, words, experiments.ReportArguments)
+    paths = experiments.report(experiments.ReportSpec.from_yaml(name), arguments)
+    print(paths[0].read_text())
+    print("Written: " + ", ".join(map(str, paths)))
+
+
+def transfer(words: list[str]) -> None:
+    """``hf-ehr transfer --model DIR --tokenizer DIR --output DIR``."""
+    example = "hf-ehr transfer --model site-a/ --tokenizer site-b-tokenizer/ --output site-b-start/"
+    (arguments,) = _parse("transfer", example, words, transfer_run.TransferArguments)
+    print(transfer_run.transfer(arguments))
+
+
+def convert(words: list[str]) -> None:
+    """``hf-ehr convert medbert --checkpoint FILE --vocabulary FILE --output DIR``."""
+    example = "hf-ehr convert medbert --checkpoint weights.safetensors --vocabulary types.json --output model/"
+    words = _model(words, example)
+    (arguments,) = _parse("convert medbert", example, words, convert_run.ConvertArguments)
+    print(convert_run.convert(arguments))
+
+
+def attention(words: list[str]) -> None:
+    """``hf-ehr attention --model DIR --data DIR --output DIR``."""
+    example = "hf-ehr attention --model classifier/ --data data/ --output attention/"
+    (arguments,) = _parse("attention", example, words, AttentionArguments)
+    model = AutoModel.from_pretrained(arguments.model)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    view = attention_of(model, tokenizer, _record(arguments.data, arguments.row))
+    output = Path(arguments.output)
+    attention_map(view, output / "attention.png", layer=arguments.layer, head=arguments.head)
+    attention_page(view, output / "attention.html")
+    print(f"Written: {output / 'attention.png'}, {output / 'attention.html'}. Both show a patient: keep them as such.")
+
+
+def _record(data: str, row: int) -> dict:
+    """One record by its place."""
+    for path in shard_paths(data, "records"):
+        rows = pq.read_metadata(path).num_rows
+        if 0 <= row < rows:
+            return pq.read_table(path).slice(row, 1).to_pylist()[0]
+        row -= rows
+    raise ValueError("`row` must be a row of the records, from 0. Choose a smaller one.")
+
+
 def quickstart(words: list[str]) -> None:
     """``hf-ehr quickstart --output DIR``."""
     example = "hf-ehr quickstart --output quickstart-output"
@@ -157,4 +223,7 @@ def _json(text: str, name: str) -> dict:
         raise ValueError(f"`{name}` must be a JSON object, got {text!r}: {error}.") from error
 
 
-__all__ = ["Path", "evaluate", "finetune", "fit_tokenizer", "leave_ranks", "prepare", "pretrain", "quickstart"]
+__all__ = [
+    "Path", "attention", "convert", "evaluate", "finetune", "fit_tokenizer", "leave_ranks", "prepare", "pretrain",
+    "quickstart", "report", "transfer",
+]  # fmt: skip

@@ -14,6 +14,10 @@ COMMANDS = {
     "pretrain": "records → pre-trained model folder",
     "finetune": "pre-trained model + task → classifier folder",
     "evaluate": "classifier folder → table with intervals and baselines, calibration plot, model card",
+    "report": "YAML file of rows × tasks × sizes → table, figures and comparisons of a whole experiment",
+    "transfer": "checkpoint + another tokenizer → checkpoint with that vocabulary",
+    "attention": "checkpoint + one patient → attention figure and HTML page",
+    "convert": "weights in the authors' layout → model folder, proved equal",
     "quickstart": "all of it on synthetic patients, or on your tables with --source",
 }
 RESUME = "Stopped. The same command goes on where it stopped."

@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -76,12 +76,16 @@ class Batch(dict):
         return Batch({name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in self.items()})
 
 
-def batches(examples: datasets.Dataset, collate, masked: bool = False):
-    """Packed batches in the order of `examples`; the same masks at every call."""
+def batches(examples: datasets.Dataset, collate, masked: bool = False) -> Iterator[tuple[np.ndarray, Batch]]:
+    """Packed batches with their rows; the same masks at every call.
+
+    Shorter examples come first: attention and recurrent heads treat examples of one length as one piece.
+    """
     flat = FlatExamples(examples)
-    bins = np.cumsum(flat.lengths) // PREDICT_TOKENS
-    for index, rows in enumerate(np.split(np.arange(len(flat)), np.flatnonzero(np.diff(bins)) + 1)):
-        yield Batch(collate([flat.gather(rows, key=(0, index) if masked else None)]))
+    order = np.argsort(flat.lengths, kind="stable")
+    bins = np.cumsum(flat.lengths[order]) // PREDICT_TOKENS
+    for index, rows in enumerate(np.split(order, np.flatnonzero(np.diff(bins)) + 1)):
+        yield rows, Batch(collate([flat.gather(rows, key=(0, index) if masked else None)]))
 
 
 def last_checkpoint(training: TrainingArguments) -> str | None:

@@ -194,13 +194,14 @@ def embed(model, examples: datasets.Dataset, tokenizer) -> np.ndarray:
 
 
 def _forward(model, examples, tokenizer, read) -> np.ndarray:
-    rows = []
+    order, values = [], []
     model.eval()
-    for batch in batches(examples, PackedCollator(tokenizer)):
+    for rows, batch in batches(examples, PackedCollator(tokenizer)):
         with torch.no_grad():
             inputs = {name: value for name, value in batch.to(model.device).items() if "labels" not in name}
-            rows.append(read(model(**inputs)).float().cpu().numpy())
-    return np.concatenate(rows)
+            order.append(rows)
+            values.append(read(model(**inputs)).float().cpu().numpy())
+    return np.concatenate(values)[np.argsort(np.concatenate(order))]
 
 
 def _positive(logits) -> np.ndarray:

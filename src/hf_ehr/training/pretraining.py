@@ -115,7 +115,7 @@ def held_out(
     collate = PackedCollator(tokenizer, masking)
     unigram = _log_unigram(train, model.config.vocab_size)
     loss, guess, targets, scores, stays = 0.0, 0.0, 0, [], []
-    for batch in batches(validation, collate, masked=True):
+    for _, batch in batches(validation, collate, masked=True):
         with torch.no_grad():
             outputs = model.eval()(**batch.to(model.device))
         hidden = batch["labels"][batch["labels"] >= 0].cpu().numpy()

@@ -1,0 +1,138 @@
+"""What cells are made of, each made once and kept in the work folder: cohorts, tokenizers, checkpoints, embeddings."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from transformers import TrainingArguments
+
+from hf_ehr.code_embeddings import ppmi_svd, time_window_skipgram
+from hf_ehr.datasets import build_examples
+from hf_ehr.experiments.spec import DataSpec, PretrainSpec, digest
+from hf_ehr.models.modeling_medbert import MedBertForPreTraining
+from hf_ehr.models.tokenization_ehr import EhrCodeTokenizer
+from hf_ehr.prepare import SourceName, prepare
+from hf_ehr.schema import EhrDataError, atomic_folder
+from hf_ehr.training import DataArguments, PretrainArguments, pretrain, task_labels, task_name
+from hf_ehr.transfer import move_to_vocabulary
+from hf_ehr.version import __version__
+from hf_ehr.vocabulary import fit_tokenizer
+
+if TYPE_CHECKING:
+    import datasets
+
+SPLITS = ("train", "validation", "test")
+
+
+class Cohort:
+    """A prepared data set with its tokenizer, splits and examples.
+
+    Args:
+        spec: What it is.
+        work: Folder that everything is kept in.
+    """
+
+    def __init__(self, spec: DataSpec, work: Path):
+        self.spec = spec
+        self.key = digest(
+            spec.source, spec.input, spec.options, spec.folder, spec.min_patients, spec.max_length, __version__
+        )
+        self.folder = work / "cohorts" / self.key
+        data = spec.folder if spec.folder is not None else str(self.folder / "data")
+        self.data = DataArguments(data=data, min_patients=spec.min_patients, max_length=spec.max_length)
+
+    def make(self, tasks: tuple[str, ...]) -> None:
+        """Prepares the records, fits the tokenizer, writes the labels and the examples of ``tasks``."""
+        if self.spec.source is not None:
+            self._prepare()
+        splits = self.data.splits()
+        if not (self.folder / "tokenizer").is_dir():
+            tokenizer = fit_tokenizer(self.data.data, subject_ids=splits["train"], min_patients=self.data.min_patients)
+            with atomic_folder(self.folder / "tokenizer") as temporary:
+                tokenizer.save_pretrained(temporary)
+        for task in tasks:
+            for split in SPLITS:
+                self._write_examples(task, split, splits[split])
+
+    def tokenizer(self) -> EhrCodeTokenizer:
+        """The tokenizer fitted on the training patients."""
+        return EhrCodeTokenizer.from_pretrained(self.folder / "tokenizer")
+
+    def examples(self, task: str, split: str) -> datasets.Dataset:
+        """EXAMPLES of all labelled patients of a split."""
+        import datasets
+
+        return datasets.load_from_disk(str(self._examples_folder(task, split)))
+
+    def _prepare(self) -> None:
+        spec = self.spec
+        path = None if spec.input is None else os.path.expandvars(spec.input)
+        if path is not None and "$" in path:
+            raise EhrDataError(f"`input` of {spec.name!r} is {spec.input!r}, and that variable is not set. Set it.")
+        options = json.loads(json.dumps(spec.options))
+        prepare(cast(SourceName, spec.source), path, Path(self.data.data), options=options)
+
+    def _write_examples(self, task: str, split: str, ids: np.ndarray) -> None:
+        folder = self._examples_folder(task, split)
+        if folder.is_dir():
+            return
+        tokenizer, labels = self.tokenizer(), task_labels(self.data, task)
+        kinds = tuple(tokenizer.kinds)
+        examples = build_examples(
+            self.data.data, tokenizer, labels, subject_ids=ids, max_length=self.data.max_length, kinds=kinds
+        )
+        with atomic_folder(folder) as temporary:
+            examples.save_to_disk(str(temporary))
+
+    def _examples_folder(self, task: str, split: str) -> Path:
+        return self.folder / "examples" / task_name(task) / split
+
+
+def checkpoint_folder(cohort: Cohort, spec: PretrainSpec, seed: int) -> Path:
+    """Where the Med-BERT of one seed lies."""
+    return cohort.folder / "pretrained" / f"{digest(spec.options, spec.training)}-{seed}"
+
+
+def pretrain_arguments(cohort: Cohort, spec: PretrainSpec) -> PretrainArguments:
+    """The options of pre-training, with the cohort's tokenizer."""
+    options = spec.options | {"model_options": json.dumps(spec.options.get("model_options", {}))}
+    return PretrainArguments(tokenizer=str(cohort.folder / "tokenizer"), **options)
+
+
+def make_checkpoint(cohort: Cohort, spec: PretrainSpec, seed: int) -> None:
+    """Pre-trains Med-BERT on the training patients of a cohort."""
+    settings: dict[str, Any] = {"logging_strategy": "no", "report_to": "none", "disable_tqdm": True} | spec.training
+    folder = checkpoint_folder(cohort, spec, seed)
+    arguments = TrainingArguments(output_dir=str(folder), seed=seed, **settings)
+    pretrain(cohort.data, pretrain_arguments(cohort, spec), arguments)
+
+
+def moved_folder(source: Cohort, target: Cohort, spec: PretrainSpec, seed: int) -> Path:
+    """Where a checkpoint of ``source`` with the vocabulary of ``target`` lies."""
+    return target.folder / "moved" / f"{source.key}-{checkpoint_folder(source, spec, seed).name}"
+
+
+def move_checkpoint(source: Cohort, target: Cohort, spec: PretrainSpec, seed: int) -> None:
+    """Gives a checkpoint of ``source`` the vocabulary of ``target``; what was kept is in its ``transfer.json``."""
+    model = MedBertForPreTraining.from_pretrained(checkpoint_folder(source, spec, seed))
+    moved, report = move_to_vocabulary(model, source.tokenizer(), target.tokenizer(), seed=seed)
+    with atomic_folder(moved_folder(source, target, spec, seed)) as temporary:
+        moved.save_pretrained(temporary)
+        (temporary / "transfer.json").write_text(json.dumps(report.as_dict(), indent=2))
+
+
+def embeddings_folder(cohort: Cohort, init: str, dim: int, seed: int) -> Path:
+    """Where a table of static code embeddings lies."""
+    return cohort.folder / "embeddings" / f"{init}-{dim}-{seed}"
+
+
+def make_embeddings(cohort: Cohort, init: str, dim: int, seed: int) -> None:
+    """Fits static code embeddings on the training patients of a cohort."""
+    fit: Any = {"t-w2v": time_window_skipgram, "ppmi-svd": ppmi_svd}[init]
+    train = cohort.data.splits()["train"]
+    table = fit(cohort.data.data, cohort.tokenizer(), subject_ids=train, dim=dim, seed=seed)
+    table.save(embeddings_folder(cohort, init, dim, seed))
