@@ -136,7 +136,8 @@ def test_the_penalty_is_chosen_on_validation():
 
 @pytest.mark.parametrize("baseline", [lightgbm_counts, random_forest])
 def test_the_seed_decides_a_random_baseline(splits, baseline):
-    one, again, other = (baseline(*splits, vocab_size=VOCAB, seed=seed).test for seed in (1, 1, 2))
+    few = [split.slice(0, 100) for split in splits]
+    one, again, other = (baseline(*few, vocab_size=VOCAB, seed=seed).test for seed in (1, 1, 2))
     np.testing.assert_array_equal(one, again)
     assert not np.array_equal(one, other)
 
