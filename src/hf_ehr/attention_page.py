@@ -20,7 +20,7 @@ from hf_ehr.schema import atomic_path
 SCALE = 10_000
 """Weights are written as whole ten-thousandths: half of what full precision takes, and finer than the page shows."""
 MAX_CODES = 256
-"""Codes of a page: six layers of six heads over 256 codes are some 7 MB."""
+"""Codes of a page: six layers of six heads over 256 codes are some 8 MB."""
 
 
 def attention_page(view: AttentionView, path: str | Path, *, title: str = "Attention over one patient") -> None:
