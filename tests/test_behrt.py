@@ -358,22 +358,17 @@ def test_it_pretrains_through_the_command_with_the_presets_options(tmp_path):
     world = {"world": "C", "patients": 250, "conditions": 18, "synonyms": 2, "noise_codes": 5}
     prepare("synthetic", None, tmp_path / "data", shards=1, workers=1, progress=False, options=world)
     data = DataArguments(data=str(tmp_path / "data"), max_length=64, min_patients=2)
-    fitted = fit_tokenizer(data.data, subject_ids=data.splits()["train"], min_patients=2)
-    codes = fitted.convert_ids_to_tokens(range(5, len(fitted)))
-    kept = {name: fitted.init_kwargs[name] for name in ("kinds", "fitted_on")}
-    EhrCodeTokenizer.from_codes(codes, **kept, **BEHRT).save_pretrained(tmp_path / "tokenizer")
+    fitted = fit_tokenizer(data.data, subject_ids=data.splits()["train"], min_patients=2, **BEHRT)
+    fitted.save_pretrained(tmp_path / "tokenizer")
     sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
-    behrt = MedBertConfig.behrt().to_diff_dict()
-    names = ("hidden_act", "attention_probs_dropout_prob", "serialization", "visit_segments", "max_age", "pooling",
-             "stay_loss_weight")  # fmt: skip
     options = PretrainArguments(
-        preset="tiny", model_options=json.dumps({name: behrt[name] for name in names} | sizes),
-        tokenizer=str(tmp_path / "tokenizer"), max_tokens=2048,
-    )  # fmt: skip
+        preset="behrt", model_options=json.dumps(sizes), tokenizer=str(tmp_path / "tokenizer"), max_tokens=2048
+    )
     settings = {"use_cpu": True, "report_to": "none", "logging_strategy": "no", "disable_tqdm": True}
     arguments = TrainingArguments(str(tmp_path / "model"), max_steps=3, save_strategy="no", **settings)
     figures = pretrain(data, options, arguments)
     assert np.isfinite(figures["code_loss"])
+    assert "stay_auroc" not in figures  # that head is not trained
     loaded, info = MedBertForMaskedLM.from_pretrained(tmp_path / "model", output_loading_info=True)
     assert not info["missing_keys"]
     assert loaded.model.embeddings.age_embeddings.weight.shape == (122, 24)

@@ -122,7 +122,7 @@ def test_the_unigram_start_is_the_log_frequency_of_training_codes():
     history = records(patient(1, [both]), patient(2, [one]))
     tokenizer = EhrCodeTokenizer.from_codes(["ICD10CM/I10", "ICD10CM/E11"])
     model = MedBertForPreTraining(MedBertConfig.tiny(vocab_size=len(tokenizer)))
-    training.start_from_unigram(model, build_examples(history, tokenizer))
+    training.start_from_unigram(model, build_examples(history, tokenizer), tokenizer)
     counts = np.array([0, 0, 0, 0, 0, 2, 1]) + 0.5
     np.testing.assert_allclose(model.head.decoder.bias.detach().numpy(), np.log(counts / counts.sum()), rtol=1e-5)
 

@@ -82,6 +82,8 @@ def fit_tokenizer(
     min_patients: int = MIN_PATIENTS,
     max_size: int | None = None,
     code_exact: bool = False,
+    visit_separators: bool = False,
+    ages: bool = False,
 ) -> EhrCodeTokenizer:
     """Fits the vocabulary on the training patients.
 
@@ -97,6 +99,8 @@ def fit_tokenizer(
         min_patients: Fewest distinct patients of a code; 11 keeps small groups out of a published vocabulary.
         max_size: Keep only this many codes (special tokens not counted); what is cut backs off when encoding.
         code_exact: Med-BERT's own ids, see :meth:`EhrCodeTokenizer.from_codes`.
+        visit_separators: BEHRT's ``[CLS]`` before a history and ``[SEP]`` after each visit.
+        ages: BEHRT's age of the patient at each code.
 
     Returns:
         The tokenizer. Its ``init_kwargs`` hold the options and ``fitted_on``, the fingerprint of the
@@ -126,6 +130,8 @@ def fit_tokenizer(
     return EhrCodeTokenizer.from_codes(
         codes[:max_size],
         code_exact=code_exact,
+        visit_separators=visit_separators,
+        ages=ages,
         kinds=list(kinds),
         min_count=min_count,
         min_patients=min_patients,

@@ -6,10 +6,11 @@ Existing weights are kept; only a missing checkpoint is made anew. The outputs a
 import json
 
 from tests.models.common import FIXTURES
+from tests.models.test_behrt import TestBehrt
 from tests.models.test_ehrrnn import TestEhrRnn
 from tests.models.test_medbert import TestMedBert, TestMedBertHeads, TestMedBertOptions
 
-FAMILIES = (TestMedBert(), TestMedBertOptions(), TestMedBertHeads(), TestEhrRnn())
+FAMILIES = (TestMedBert(), TestMedBertOptions(), TestMedBertHeads(), TestEhrRnn(), TestBehrt())
 
 
 def main() -> None:

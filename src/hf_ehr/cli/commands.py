@@ -57,6 +57,7 @@ class TokenizerArguments:
     min_count: int = field(default=1, metadata={"help": "Fewest occurrences of a code of its own."})
     max_size: int | None = field(default=None, metadata={"help": "Most codes."})
     code_exact: bool = field(default=False, metadata={"help": "Med-BERT's released ids: 0 is padding and mask."})
+    behrt: bool = field(default=False, metadata={"help": "BEHRT's input: [CLS], [SEP] after each visit, and ages."})
 
 
 @dataclass
@@ -92,6 +93,7 @@ def fit_tokenizer(words: list[str]) -> None:
     tokenizer = fit(
         data.data, subject_ids=splits["train"], kinds=tuple(arguments.kinds), min_count=arguments.min_count,
         min_patients=data.min_patients, max_size=arguments.max_size, code_exact=arguments.code_exact,
+        visit_separators=arguments.behrt, ages=arguments.behrt,
     )  # fmt: skip
     tokenizer.save_pretrained(arguments.output)
     known = coverage(tokenizer, data.data, splits["validation"])
@@ -107,9 +109,10 @@ def pretrain(words: list[str]) -> None:
     figures = training.pretrain(data, options, arguments)
     if arguments.process_index == 0:
         gain = figures["unigram_loss"] - figures["code_loss"]
+        stay = f" Prolonged stay: AUROC {figures['stay_auroc']:.3f}." if "stay_auroc" in figures else ""
         print(
             f"Hidden codes of validation patients: {figures['code_loss']:.3f} nats, {gain:+.3f} better than guessing "
-            f"by frequency ({figures['unigram_loss']:.3f}). Prolonged stay: AUROC {figures['stay_auroc']:.3f}.\n"
+            f"by frequency ({figures['unigram_loss']:.3f}).{stay}\n"
             f"Next: hf-ehr finetune medbert --data {data.data} --model {arguments.output_dir} --task TASK "
             "--output_dir DIR"
         )

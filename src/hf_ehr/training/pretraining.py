@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 class PretrainArguments:
     """What is pre-trained, and on which objective."""
 
-    preset: str = field(default="base", metadata={"help": "`base` (the paper's 6 × 192) or `tiny` (2 × 64)."})
+    preset: str = field(default="base", metadata={"help": "`base` (the paper's 6 × 192), `tiny` (2 × 64) or `behrt`."})
     model_options: str = field(
         default="{}", metadata={"help": 'Further MedBertConfig fields as JSON, e.g. \'{"objective": "masked_set"}\'.'}
     )
@@ -76,7 +76,7 @@ def pretrain(data: DataArguments, options: PretrainArguments, training: Training
     }  # fmt: skip
     torch.manual_seed(training.seed)
     model = MedBertForPreTraining(model_config(data, options, tokenizer))
-    start_from_unigram(model, examples["train"])
+    start_from_unigram(model, examples["train"], tokenizer)
     masking = _masking(model.config.objective, options, tokenizer, training.seed)
     trainer = Trainer(
         model,
@@ -96,10 +96,10 @@ def pretrain(data: DataArguments, options: PretrainArguments, training: Training
     return figures
 
 
-def start_from_unigram(model: MedBertForPreTraining, examples: datasets.Dataset) -> None:
+def start_from_unigram(model: MedBertForPreTraining, examples: datasets.Dataset, tokenizer: EhrCodeTokenizer) -> None:
     """Sets the decoder's bias to the log frequency of each code, so that learning starts where guessing ends."""
     with torch.no_grad():
-        model.head.decoder.bias.copy_(torch.from_numpy(_log_unigram(examples, model.config.vocab_size)))
+        model.head.decoder.bias.copy_(torch.from_numpy(_log_unigram(examples, tokenizer)))
 
 
 def held_out(
@@ -108,12 +108,13 @@ def held_out(
     """Loss on codes that are truly hidden ([MASK] only), beside the unigram's: training loss also counts kept codes.
 
     Returns:
-        `code_loss` and `unigram_loss` (nats per hidden code), and `stay_auroc` of the prolonged-stay head.
+        `code_loss` and `unigram_loss` (nats per hidden code), and `stay_auroc` of the prolonged-stay head if it was
+        trained.
     """
     objective = model.config.objective
     masking = SetMasking(tokenizer) if objective == "masked_set" else CodeMasking(tokenizer, 0.15, None, 0, 1.0, 0.0)
     collate = PackedCollator(tokenizer, masking)
-    unigram = _log_unigram(train, model.config.vocab_size)
+    unigram = _log_unigram(train, tokenizer)
     loss, guess, targets, scores, stays = 0.0, 0.0, 0, [], []
     for _, batch in batches(validation, collate, masked=True):
         with torch.no_grad():
@@ -123,8 +124,10 @@ def held_out(
         targets += len(hidden)
         scores.append(outputs.stay_logits.softmax(-1)[:, 1].float().cpu().numpy())
         stays.append(batch["prolonged_stay_labels"].cpu().numpy())
-    stay_auroc = auroc(np.concatenate(stays), np.concatenate(scores))
-    return {"code_loss": loss / targets, "unigram_loss": float(guess / targets), "stay_auroc": float(stay_auroc)}
+    figures = {"code_loss": loss / targets, "unigram_loss": float(guess / targets)}
+    if model.config.stay_loss_weight:
+        figures["stay_auroc"] = float(auroc(np.concatenate(stays), np.concatenate(scores)))
+    return figures
 
 
 def _tokenizer(data: DataArguments, options: PretrainArguments, train: np.ndarray) -> EhrCodeTokenizer:
@@ -137,7 +140,7 @@ def _tokenizer(data: DataArguments, options: PretrainArguments, train: np.ndarra
 
 def model_config(data: DataArguments, options: PretrainArguments, tokenizer: EhrCodeTokenizer) -> MedBertConfig:
     """The configuration that is pre-trained: preset, options and the sizes of the data."""
-    presets = {"base": MedBertConfig.base, "tiny": MedBertConfig.tiny}
+    presets = {"base": MedBertConfig.base, "tiny": MedBertConfig.tiny, "behrt": MedBertConfig.behrt}
     if options.preset not in presets:
         raise ValueError(f"`preset` must be one of {', '.join(presets)}, got {options.preset!r}.")
     fields = {"vocab_size": len(tokenizer), "max_position_embeddings": data.max_length}
@@ -155,9 +158,10 @@ def _masking(objective: str, options: PretrainArguments, tokenizer: EhrCodeToken
     return CodeMasking(tokenizer, options.mlm_probability, options.max_predictions, seed, *shares)
 
 
-def _log_unigram(examples: datasets.Dataset, vocab_size: int) -> np.ndarray:
-    """Smoothed log frequency of each code, (vocab,) float32."""
+def _log_unigram(examples: datasets.Dataset, tokenizer: EhrCodeTokenizer) -> np.ndarray:
+    """Smoothed log frequency of each code, (vocab,) float32; special tokens, never a target, do not count."""
     flat = FlatExamples(examples)
     codes = flat.gather(np.arange(len(flat))).streams["input_ids"]
-    counts = np.bincount(codes, minlength=vocab_size) + 0.5
+    counts = np.bincount(codes, minlength=len(tokenizer)) + 0.5
+    counts[tokenizer.all_special_ids] = 0.5
     return np.log(counts / counts.sum()).astype(np.float32)
