@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
+from hf_ehr import MedBertConfig, MedBertModel
 from hf_ehr.cli.main import COMMANDS, main
+from hf_ehr.prepare import prepare
 
 TASKS = Path(__file__).parents[1] / "examples" / "tasks"
 
@@ -30,6 +32,8 @@ def test_help_names_every_command_and_every_command_has_help(capsys):
         (["pretrain", "gpt", "--data", "x"], "MODEL must be one of medbert"),
         (["prepare", "mimic3", "--input", "nowhere", "--output", "x", "--options", "{"], "`options` must be a JSON"),
         (["evaluate", "--model", "nowhere", "--output", "x"], "finetune.json is missing"),
+        (["report", "medbert_table5"], "no specification of the package"),
+        (["convert", "medbert", "--checkpoint", "a", "--vocabulary", "b", "--output", "c"], "a"),
         (["fit-tokenizer", "--config"], "must be followed by a YAML file"),
     ],
 )
@@ -55,6 +59,29 @@ def test_a_yaml_config_gives_the_arguments_and_the_command_line_wins(tmp_path, c
     assert "60" in capsys.readouterr().out
     assert len(list((tmp_path / "data" / "records").glob("*.parquet"))) == 2
     assert not (tmp_path / "ignored").exists()
+
+
+def test_a_checkpoint_moves_to_another_vocabulary_and_shows_a_patients_attention(tmp_path, capsys):
+    options = {"world": "C", "patients": 60, "conditions": 18, "synonyms": 2, "noise_codes": 2}
+    prepare("synthetic", None, tmp_path / "data", shards=2, workers=1, progress=False, options=options)
+    words = ["fit-tokenizer", "--data", str(tmp_path / "data"), "--min_patients", "1"]
+    assert main([*words, "--output", str(tmp_path / "all")]) == 0
+    assert main([*words, "--max_size", "20", "--output", str(tmp_path / "few")]) == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "all")
+    MedBertModel(MedBertConfig.tiny(vocab_size=len(tokenizer))).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    capsys.readouterr()
+    moved = tmp_path / "moved"
+    assert main(["transfer", "--model", str(tmp_path / "model"), "--tokenizer", str(tmp_path / "few"),
+                 "--output", str(moved)]) == 0  # fmt: skip
+    assert "20 codes: 20 kept" in capsys.readouterr().out
+    assert AutoModel.from_pretrained(moved).config.vocab_size == 25
+    words = ["attention", "--model", str(moved), "--data", str(tmp_path / "data"), "--output", str(tmp_path / "view")]
+    assert main([*words, "--row", "41"]) == 0
+    assert (tmp_path / "view" / "attention.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "view" / "attention.html").read_text().lstrip().lower().startswith("<!doctype html")
+    assert main([*words, "--row", "60"]) == 2
+    assert "`row` must be a row of the records" in capsys.readouterr().err
 
 
 def road(source: str, folder: Path, output: Path, task: str, *more: str) -> str:

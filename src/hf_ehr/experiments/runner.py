@@ -146,11 +146,14 @@ def _run(pool: ProcessPoolExecutor, title: str, jobs: list[Job]) -> dict[str, st
 
 def _start_worker() -> None:
     """One thread a process, and no bars or notices inside the one bar."""
+    import logging
+
     import datasets
     import torch
     from transformers.utils import logging as hf_logging
 
     torch.set_num_threads(1)
+    logging.getLogger("hf_ehr").setLevel(logging.ERROR)
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     datasets.disable_progress_bars()
