@@ -150,6 +150,18 @@ def test_chunks_shards_and_their_order_leave_the_pairs_the_same(tmp_path, monkey
     assert max(sizes) <= 2 * 50
 
 
+def test_the_shuffle_scatters_patients_and_the_contexts_of_a_code():
+    table, tokenizer = planted(100, apart=0)
+    options = {"subject_ids": range(100), "window_days": 0}
+    (ordered,) = window_pairs(table, tokenizer, **options)
+    (shuffled,) = window_pairs(table, tokenizer, rng=np.random.default_rng(0), **options)
+    (other,) = window_pairs(table, tokenizer, rng=np.random.default_rng(1), **options)
+    repeats = [np.mean(pairs[0, 1:] == pairs[0, :-1]) for pairs in (ordered, shuffled)]
+    assert repeats[0] > 0.7  # a code and its four or five contexts
+    assert repeats[1] < 2 / 24  # by chance one in 24
+    assert not np.array_equal(shuffled, other)
+
+
 @pytest.mark.parametrize("window", [-1, float("nan"), float("inf")])
 def test_a_window_that_is_no_number_of_days_is_refused(window):
     with pytest.raises(ValueError, match="`window_days` must be a number of days from 0"):

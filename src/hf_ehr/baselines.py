@@ -29,9 +29,9 @@ INVERSE_PENALTIES = tuple(float(10.0**exponent) for exponent in np.arange(-4, 1.
 MIN_SAMPLES_LEAF = (1, 3, 10)
 LIGHTGBM_SETTINGS = tuple({"num_leaves": leaves, "min_data_in_leaf": rows} for leaves in (7, 31) for rows in (5, 20))
 LIGHTGBM_ROUNDS = 500
-LIGHTGBM_ROWS_PER_THREAD_POOL = 10_000
-"""Below this many training rows LightGBM gets one thread: the rest would spend their time waiting for each other."""
 LIGHTGBM_PATIENCE = 50
+ROWS_PER_THREAD_POOL = 10_000
+"""Below this many training rows trees get one thread: the rest would spend their time waiting for each other."""
 
 
 class Predictions(NamedTuple):
@@ -114,11 +114,11 @@ def random_forest(train: Examples, validation: Examples, test: Examples, *, voca
     from sklearn.ensemble import RandomForestClassifier
 
     splits = _splits(train, validation, test, lambda split: count_matrix(split, vocab_size, binary=True))
+    threads = 1 if len(splits.y) < ROWS_PER_THREAD_POOL else -1  # -1: all cores
     models = (
-        # Trees grow on all cores; predicting there would add their votes in another order each time.
-        RandomForestClassifier(n_estimators=300, min_samples_leaf=leaf, random_state=seed, n_jobs=-1)
+        RandomForestClassifier(n_estimators=300, min_samples_leaf=leaf, random_state=seed, n_jobs=threads)
         .fit(splits.x, splits.y)
-        .set_params(n_jobs=1)
+        .set_params(n_jobs=1)  # several threads would add the votes in another order each time
         for leaf in MIN_SAMPLES_LEAF
     )
     return _best(splits, map(_positive_class, models))
@@ -143,7 +143,7 @@ def lightgbm_counts(
     fixed = {"objective": "binary", "metric": "auc", "learning_rate": 0.05, "seed": seed, "verbosity": -1}
     # Many rare codes, few rows: trees on random thirds of the codes did better than on all of them.
     fixed |= {"feature_fraction": 0.3, "deterministic": True, "force_col_wise": True}
-    fixed["num_threads"] = 1 if len(splits.y) < LIGHTGBM_ROWS_PER_THREAD_POOL else 0  # 0: all cores
+    fixed["num_threads"] = 1 if len(splits.y) < ROWS_PER_THREAD_POOL else 0  # 0: all cores
 
     def fit(setting: dict[str, int]) -> Callable[[Any], Array]:
         held_out = lightgbm.Dataset(splits.x_validation, splits.y_validation)
