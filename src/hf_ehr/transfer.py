@@ -150,13 +150,10 @@ def move_to_vocabulary(
     move = _RowMove(torch.from_numpy(source), torch.from_numpy(known), noise, torch.Generator().manual_seed(seed))
     moved = copy.deepcopy(model)
     _replace_rows(moved, move)
-    embeddings = _code_embeddings(moved)
-    embeddings.num_embeddings = moved.config.vocab_size = len(new_tokenizer)
+    _code_embeddings(moved).num_embeddings = moved.config.vocab_size = len(new_tokenizer)
     for role in SPECIAL_TOKENS:
         if getattr(moved.config, f"{role}_id", None) is not None:
             setattr(moved.config, f"{role}_id", getattr(new_tokenizer, f"{role}_id"))
-    if embeddings.padding_idx is not None:
-        embeddings.padding_idx = new_tokenizer.pad_token_id
     return moved, report
 
 
