@@ -318,9 +318,9 @@ class _FlatCodes:
 class _SkipGram:
     """Two tables of vectors and the step that fits them.
 
-    gensim's window counts positions, and pairs fed to it as sentences of two words took twice the time of this, went
-    through Python one by one, and would be a dependency for one function. One draw of noise codes serves a whole
-    step, weighted to the same expected gradient: that makes the noise term one matrix product.
+    gensim's window counts positions. Fed with pairs, as sentences of two words, it is exact, but each pair is a Python
+    object then, and it took a quarter more time than this: no reason for a dependency of one function. One draw of
+    noise codes serves a whole step, weighted to the same expected gradient, so that the noise is one matrix product.
     """
 
     def __init__(self, counts: np.ndarray, dim: int, negatives: int, rng: np.random.Generator):
