@@ -47,12 +47,12 @@ class FinetuneArguments:
         default=None, metadata={"help": "Use this many training patients only (nested subsets for one `draw`)."}
     )
     draw: int = field(default=0, metadata={"help": "Which random order the subset is taken from."})
-    head: str = field(default="ffn", metadata={"help": "ffn (Med-BERT only), gru, bigru or retain."})
     untrained: bool = field(default=False, metadata={"help": "Keep the architecture, forget the weights."})
     linear_probe: bool = field(
         default=True,
         metadata={"help": "Start the head `ffn` from a regression on frozen patient vectors."},
     )
+    head: str = field(default="ffn", metadata={"help": "ffn (Med-BERT only), gru, bigru or retain."})
 
 
 def finetune(data: DataArguments, options: FinetuneArguments, training: TrainingArguments) -> Path:
