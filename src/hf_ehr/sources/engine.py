@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -117,7 +118,7 @@ class Engine:
             settings = {"memory_limit": memory_limit, "temp_directory": spill, "preserve_insertion_order": False}
             return cls(ibis.duckdb.connect(**settings, **({"threads": threads} if threads else {})), name, folder)
         if name == "spark":
-            con, joined = _connect_spark(memory_limit, threads, spill)
+            con, joined = _connect_spark(memory_limit, threads, spill if temp_directory else _spark_folder().name)
             return cls(con, name, folder, owned=not joined)
         raise ValueError(f"`engine` must be 'duckdb' or 'spark', got {name!r}.")
 
@@ -289,6 +290,12 @@ def _match_columns(raw: ir.Table, columns: Mapping[str, Column], path: Path, hea
     if missing:
         raise EhrDataError(f"{path} lacks the column `{missing[0]}`. Columns found: {', '.join(raw.columns)}.")
     return {name: present.get(name.lower()) for name in columns}
+
+
+@cache
+def _spark_folder() -> tempfile.TemporaryDirectory:
+    """Where Spark spills by default, as long as this process lives: its session outlives the engine that began it."""
+    return tempfile.TemporaryDirectory(prefix="hf_ehr-spark-")
 
 
 def _connect_spark(memory_limit: str, threads: int | None, spill: str) -> tuple[Any, bool]:
