@@ -113,13 +113,21 @@ def test_a_cell_is_known_by_what_determines_it_and_not_by_its_name(spec, work):
 
 def test_learning_rates_are_chosen_on_validation_and_on_a_draw_that_is_not_reported(spec, work):
     bench = Bench(spec, work)
-    cell = Cell(spec.data("site B"), "synthetic_outcome", spec.rows[2], 60, 0)
+    row = RowSpec("RETAIN", "rnn", head="retain", level="visit", learning_rates=(1e-7, 1e-2))
+    cell = Cell(spec.data("site B"), "synthetic_outcome", row, 60, 0)
+    bench.tune(cell)
     chosen = json.loads(bench.rate_path(cell).read_text())
     scores = {float(rate): score for rate, score in chosen["validation_auroc"].items()}
-    assert set(scores) == set(cell.row.learning_rates)
-    assert scores[chosen["learning_rate"]] == max(scores.values())
+    assert set(scores) == set(row.learning_rates)
+    assert scores[chosen["learning_rate"]] == max(scores.values()) > min(scores.values())
     assert cell.untuned.draw not in range(spec.draws_at(60))
     assert not bench.path(cell.untuned).exists()  # its test patients were never scored
+    truth = np.asarray(bench.examples(cell, "validation")["labels"])
+    for draw, same in ((cell.untuned.draw, True), (0, False)):
+        alone = replace(cell, draw=draw, row=replace(row, learning_rates=(1e-2,)))
+        bench.run(alone)
+        score = auroc(truth, np.load(bench.path(alone))["validation"])
+        assert (score == pytest.approx(scores[1e-2], abs=0.01)) == same
 
 
 def test_a_second_run_computes_nothing_and_one_lost_cell_is_computed_alone(spec, work):
