@@ -291,7 +291,9 @@ def test_static_embeddings_become_the_rows_of_their_codes(make):
     report = load_code_embeddings(model, table, OLD)
     assert model.get_input_embeddings().weight is weight
     ids = OLD.codes_to_ids(table.codes).tolist()
-    torch.testing.assert_close(weight[ids].detach(), torch.from_numpy(table.vectors), rtol=0, atol=0)
+    started = weight[ids].detach()
+    factor = before[ids].norm() / np.linalg.norm(table.vectors)  # as large as the rows that were there
+    torch.testing.assert_close(started, torch.from_numpy(table.vectors) * factor, rtol=1e-5, atol=0)
     others = np.setdiff1d(np.arange(len(OLD)), ids)
     assert torch.equal(weight[others], before[others])
     assert (report.codes, report.kept, report.from_ancestor, report.fresh) == (44, len(ids), 0, 44 - len(ids))
@@ -304,7 +306,9 @@ def test_a_code_without_a_vector_of_its_own_gets_its_ancestors():
     report = load_code_embeddings(moved, table, NEW, counts={"ICD10CM/E11.65": 3, "ICD10CM/E11.9": 1, "LOCAL/1": 4})
     assert (report.kept, report.from_ancestor, report.fresh) == (1, 1, 47)
     assert (report.occurrences_kept, report.occurrences_from_ancestor) == (1 / 8, 3 / 8)
-    assert (code_rows(moved, NEW, ["ICD10CM/E11", "ICD10CM/E11.65"]) == 7).all()
+    rows = code_rows(moved, NEW, ["ICD10CM/E11", "ICD10CM/E11.65"])
+    assert (rows == rows[0, 0]).all()
+    assert rows[0, 0] > 0
 
 
 @pytest.mark.parametrize("freeze", [False, True])

@@ -167,6 +167,9 @@ def load_code_embeddings(
 ) -> TransferReport:
     """Starts the code embeddings of a model from static ones; rows of which nothing is known stay as they are.
 
+    The vectors are scaled, all by one factor, to the size (root mean square) of the rows they replace: the rest of a
+    model starts in proportion to its embeddings, and word2vec's are many times smaller than those of a GRU.
+
     Args:
         model: Any model of the package; changed in place. A tied decoder changes with the embeddings.
         table: The static embeddings, as wide as the model's.
@@ -190,7 +193,9 @@ def load_code_embeddings(
         )
     matrix, known = table.for_tokenizer(tokenizer)
     with torch.no_grad():
-        weight[torch.from_numpy(known)] = torch.from_numpy(matrix[known]).to(weight)
+        rows, vectors = torch.from_numpy(known), torch.from_numpy(matrix[known]).to(weight)
+        size = vectors.square().mean().sqrt().clamp(min=torch.finfo(vectors.dtype).tiny)
+        weight[rows] = vectors * (weight[rows].square().mean().sqrt() / size)
     if freeze:
         weight.requires_grad_(False)
     own = np.isin(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))), table.codes)

@@ -227,6 +227,13 @@ def test_new_heads_on_saved_embeddings_start_from_random_weights_not_from_bare_m
             assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.2), name
 
 
+def test_visits_start_quiet_beside_their_codes():
+    torch.manual_seed(0)
+    embeddings = EhrRnnModel(EhrRnnConfig(vocab_size=500, embedding_size=64, max_visits=200)).embeddings
+    assert embeddings.code_embeddings.weight.std().item() == pytest.approx(1, rel=0.05)
+    assert embeddings.visit_embeddings.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
 def test_inputs_that_it_does_not_read_change_nothing():
     model, batch = model_of("gru", "token"), padded_batch(50)
     more = {"serial_ids": batch["visit_ids"], "age_ids": batch["visit_ids"], "output_attentions": True}

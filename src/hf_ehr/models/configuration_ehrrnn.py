@@ -22,8 +22,9 @@ class EhrRnnConfig(PreTrainedConfig):
             read the same ids; the authors' notebook has 500.
         hidden_dropout_prob: Dropout on the steps. 0.1 as in `pytorch_ehr`; RETAIN's code has 0.5.
         classifier_dropout: Dropout before the classifier; `hidden_dropout_prob` when `None`.
-        initializer_range: Standard deviation of the classifier at the start. Embeddings start at 1 and GRUs within
-            ±1/√hidden_size, as PyTorch starts them and the authors trained.
+        initializer_range: Standard deviation of the classifier and of the visit table at the start. Code embeddings
+            start at 1 and GRUs within ±1/√hidden_size, as PyTorch starts them and the authors trained; a visit table
+            that started at 1 too would be noise as loud as the codes.
         pad_token_id: Id of `[PAD]`.
         thresholds: Decision threshold per label name, tuned on validation, stored beside `id2label`.
 

@@ -40,6 +40,10 @@ class EhrRnnModelOutput(ModelOutput):
     head_beta: torch.Tensor | None = None
 
 
+class VisitTable(nn.Embedding):
+    """Embeddings of visits, which start small: as large as those of codes they would be noise as loud as the codes."""
+
+
 class EhrRnnEmbeddings(nn.Module):
     """Codes → steps with dropout; the table of visits is absent at level `visit`."""
 
@@ -48,7 +52,7 @@ class EhrRnnEmbeddings(nn.Module):
         self.code_embeddings = nn.Embedding(config.vocab_size, config.embedding_size)
         self.by_visit = config.level == "visit"
         if not self.by_visit:
-            self.visit_embeddings = nn.Embedding(config.max_visits, config.embedding_size)
+            self.visit_embeddings = VisitTable(config.max_visits, config.embedding_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, input_ids, visit_ids, attention_mask=None, packed=None, inputs_embeds=None) -> Steps:
@@ -75,7 +79,7 @@ class EhrRnnPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         init_head(module)
         if isinstance(module, nn.Embedding):
-            init.normal_(module.weight)
+            init.normal_(module.weight, std=self.config.initializer_range if isinstance(module, VisitTable) else 1.0)
 
     def get_input_embeddings(self):
         """The code embeddings."""
