@@ -1,0 +1,406 @@
+"""Metrics of code assignment against scikit-learn, against numbers by hand, and against their known traps."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import sparse
+from sklearn import metrics as sk
+
+from hf_ehr.code_thresholds import (
+    DECISIONS,
+    NEVER,
+    decide,
+    routing_scores,
+    threshold_for,
+    tune_thresholds,
+)
+from hf_ehr.metrics import best_f1_threshold, multilabel_metrics
+from hf_ehr.multilabel import (
+    assignment_scores,
+    document_precision,
+    document_scores,
+    frequency_bands,
+    grouped_scores,
+    hierarchical_scores,
+    label_scores,
+    macro_scores,
+    micro_scores,
+    multilabel_scores,
+    precision_at_k,
+    trainer_code_metrics,
+)
+from hf_ehr.multilabel_predictions import MultilabelPredictions, compressed, decompressed
+
+# Three documents, four labels; the last label never occurs.
+SCORES = np.array([[0.9, 0.8, 0.3, 0.1], [0.7, 0.2, 0.6, 0.4], [0.1, 0.6, 0.4, 0.2]])
+TARGETS = np.array([[1, 0, 1, 0], [1, 0, 0, 0], [0, 1, 1, 0]])
+
+
+def held(scores, targets, *, compact=False, batch=None):
+    predictions = MultilabelPredictions(np.shape(scores)[1], compact=compact)
+    for start in range(0, len(scores), batch or max(len(scores), 1)):
+        rows = slice(start, start + (batch or len(scores)))
+        predictions.add(scores[rows], targets[rows])
+    return predictions
+
+
+def drawn(seed=0, documents=60, labels=12, levels=None, dtype=np.float32):
+    """Scores that know something of the targets, labels from common to absent; few levels make ties."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(documents, labels)) - np.linspace(0, 5, labels)
+    targets = (rng.random((documents, labels)) < 1 / (1 + np.exp(-logits))).astype(int)
+    scores = 1 / (1 + np.exp(-(logits + rng.normal(size=logits.shape))))
+    return (scores if levels is None else np.round(scores * levels) / levels).astype(dtype), targets
+
+
+@st.composite
+def scored_documents(draw):
+    levels = draw(st.sampled_from([None, 2, 7]))
+    return drawn(draw(st.integers(0, 10_000)), draw(st.integers(1, 40)), draw(st.integers(1, 9)), levels)
+
+
+@settings(max_examples=60, deadline=None)
+@given(scored_documents(), st.integers(1, 15))
+def test_figures_equal_scikit_learn_however_the_batches_fall(data, batch):
+    scores, targets = data
+    predictions = held(scores, targets, batch=batch)
+    if 0 < targets.sum() < targets.size:
+        micro = micro_scores(predictions)
+        assert micro["auroc_micro"] == pytest.approx(sk.roc_auc_score(targets.ravel(), scores.ravel()), abs=1e-9)
+        expected = sk.average_precision_score(targets.ravel(), scores.ravel())
+        assert micro["average_precision_micro"] == pytest.approx(expected, abs=1e-9)
+    labels = label_scores(predictions, 0.5)
+    for label in range(targets.shape[1]):
+        y, p = targets[:, label], scores[:, label]
+        assert labels.evaluated[label] == (0 < y.sum() < len(y))
+        if labels.evaluated[label]:
+            assert labels.auroc[label] == pytest.approx(sk.roc_auc_score(y, p), abs=1e-9)
+            assert labels.average_precision[label] == pytest.approx(sk.average_precision_score(y, p), abs=1e-9)
+            assert labels.f1[label] == pytest.approx(sk.f1_score(y, p >= 0.5), abs=1e-9)
+    flagged = scores >= 0.5
+    macro, assigned = macro_scores(labels), assignment_scores(predictions.confusion(0.5)[1])
+    if targets.any() or flagged.any():
+        expected = sk.f1_score(targets.ravel(), flagged.ravel(), zero_division=0)
+        assert macro["f1_micro"] == pytest.approx(expected, abs=1e-9)
+    assert assigned["exact_match"] == pytest.approx((targets == flagged).all(axis=1).mean(), abs=1e-9)
+    if targets.shape[1] > 1:
+        expected = sk.f1_score(targets, flagged, average="samples", zero_division=1)
+        assert assigned["f1_samples"] == pytest.approx(expected, abs=1e-9)
+        expected = sk.jaccard_score(targets, flagged, average="samples", zero_division=1)
+        assert assigned["jaccard_samples"] == pytest.approx(expected, abs=1e-9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(scored_documents(), st.integers(1, 15))
+def test_ranking_within_documents_equals_scikit_learn_and_brute_force(data, batch):
+    scores, targets = data
+    predictions = held(scores, targets, batch=batch)
+    precision = document_precision(predictions.cells, len(targets))
+    at_3 = precision_at_k(predictions.cells, len(targets), 3)
+    rng = np.random.default_rng(0)
+    for document, (y, p) in enumerate(zip(targets, scores, strict=True)):
+        if not y.any():
+            assert math.isnan(precision[document])
+            assert at_3[document] == 0
+            continue
+        assert precision[document] == pytest.approx(sk.average_precision_score(y, p), abs=1e-9)
+        # Ties in random order: the mean over many shuffles.
+        orders = [np.lexsort((rng.random(len(p)), -p))[:3] for _ in range(400)]
+        assert at_3[document] == pytest.approx(np.mean([y[order].sum() / 3 for order in orders]), abs=0.12)
+
+
+def test_every_figure_of_a_small_example_by_hand():
+    found = multilabel_scores(held(SCORES, TARGETS), thresholds=0.5, ks=(1, 2))
+    # flagged: A B | A C | B; hits: A | A | B
+    assert found["f1_micro"] == pytest.approx(2 * 3 / (5 + 5))
+    # F1 of A 1, of B 2/3, of C 0 (D does not occur); CAML takes P = (1 + 1/2 + 0 + 0)/4, R = (1 + 1 + 0 + 0)/4
+    assert found["f1_macro"] == pytest.approx((1 + 2 / 3) / 3)
+    assert found["f1_macro_caml"] == pytest.approx(2 * 0.375 * 0.5 / 0.875)
+    # best label of each: A hit, A hit, B hit; best two: A B, A C, B C
+    assert found["precision_at_1"] == 1
+    assert found["precision_at_2"] == pytest.approx((1 / 2 + 1 / 2 + 1) / 3)
+    assert found["recall_at_2"] == pytest.approx((1 / 2 + 1 + 1) / 3)
+    assert found["r_precision"] == pytest.approx((1 / 2 + 1 + 1) / 3)
+    assert found["map"] == pytest.approx(((1 + 2 / 3) / 2 + 1 + 1) / 3)
+    assert found["exact_match"] == 0
+    assert found["jaccard_samples"] == pytest.approx((1 / 3 + 1 / 2 + 1 / 2) / 3)
+    # A ranks its documents .9 .7 | .1, B .6 against .8 and .2, C .3 and .4 against .6
+    assert found["auroc_macro"] == pytest.approx((1 + 1 / 2 + 0) / 3)
+    assert found["labels_dropped"] == 1
+    assert found["documents"] == 3
+
+
+def test_small_sets_agree_with_the_metrics_of_any_multi_label_task():
+    scores, targets = drawn(3)
+    expected = multilabel_metrics(targets, scores, threshold=0.4)
+    found = multilabel_scores(held(scores, targets), thresholds=0.4)
+    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-12)
+
+
+def test_targets_may_be_sparse_or_dense_and_scores_of_any_float():
+    scores, targets = drawn(1, dtype=np.float16)
+    expected = multilabel_scores(held(scores, targets), thresholds=0.5)
+    for form in (sparse.csr_matrix, sparse.coo_array, lambda dense: dense.astype(bool), lambda dense: dense * 1.0):
+        assert multilabel_scores(held(scores, form(targets)), thresholds=0.5) == expected
+    assert multilabel_scores(held(scores.astype(np.float64), targets), thresholds=0.5) == expected
+
+
+def test_a_constant_ranking_earns_no_precision_from_the_order_of_the_labels():
+    targets = np.zeros((10, 20), int)
+    targets[:, :4] = 1  # the commonest labels stand first, as in most vocabularies
+    found = document_scores(held(np.full((10, 20), 0.3), targets), ks=(5,))
+    assert found["precision_at_5"] == pytest.approx(4 / 20)
+    assert found["r_precision"] == pytest.approx(4 / 20)
+    assert found["map"] == pytest.approx(4 / 20)
+
+
+def test_documents_and_labels_without_codes_are_counted_and_change_no_mean():
+    scores, targets = drawn(2)
+    before = multilabel_scores(held(scores, targets))
+    empty = multilabel_scores(held(np.r_[scores, scores[:5]], np.r_[targets, 0 * targets[:5]]))
+    uncoded = before["documents_without_codes"] + 5
+    assert (empty["documents_without_codes"], empty["map"]) == (uncoded, before["map"])
+    assert empty["precision_at_5"] == pytest.approx(before["precision_at_5"] * 60 / 65)
+    absent = multilabel_scores(held(np.c_[scores, scores[:, :2]], np.c_[targets, 0 * targets[:, :2]]))
+    assert absent["auroc_macro"] == before["auroc_macro"]
+    assert absent["labels_dropped"] == before["labels_dropped"] + 2
+
+
+def test_no_code_at_all_is_nan_and_no_document_is_refused():
+    scores, targets = drawn(2)
+    found = multilabel_scores(held(scores, 0 * targets), thresholds=0.5)
+    assert all(math.isnan(found[name]) for name in ("auroc_micro", "auroc_macro", "map", "f1_macro", "r_precision"))
+    assert found["precision_at_5"] == 0
+    with pytest.raises(ValueError, match="must hold a document"):
+        multilabel_scores(MultilabelPredictions(3))
+    with pytest.raises(ValueError, match="larger validation split"):
+        tune_thresholds(held(scores, 0 * targets))
+
+
+def test_one_label_is_enough():
+    scores, targets = np.array([[0.9], [0.2], [0.4]]), np.array([[1], [0], [1]])
+    found = multilabel_scores(held(scores, targets), thresholds=0.3)
+    assert (found["auroc_macro"], found["f1_micro"], found["map"], found["r_precision"]) == (1, 1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("scores", "targets", "message"),
+    [
+        (np.full((2, 3), 0.5), np.zeros((2, 4)), r"\(documents, 3\), got \(2, 3\) and \(2, 4\)"),
+        (np.full((2, 4), 0.5), np.zeros((2, 4)), r"\(documents, 3\), got \(2, 4\)"),
+        (np.full((2, 3), np.nan), np.zeros((2, 3)), "finite.*sigmoid"),
+        (np.full((2, 3), 1.5), np.zeros((2, 3)), "sigmoid"),
+        (np.full((2, 3), 0.5), np.full((2, 3), 2), "0 and 1 only, got 2"),
+        (np.full((2, 3), 0.5), sparse.csr_array(np.full((2, 3), -1)), "0 and 1 only, got -1"),
+    ],
+    ids=["targets of another shape", "scores of another shape", "nan", "logits", "counts", "sparse counts"],
+)
+def test_malformed_batches_are_refused(scores, targets, message):
+    with pytest.raises(ValueError, match=message):
+        MultilabelPredictions(3).add(scores, targets)
+
+
+# Compact
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.floats(0, 1, width=32), min_size=2, max_size=30))
+def test_compact_codes_keep_the_order_and_lie_close_below(values):
+    scores = np.sort(np.array(values, np.float32))
+    codes = compressed(scores)
+    assert (np.diff(codes.astype(int)) >= 0).all()
+    floor = decompressed(codes)
+    assert (floor <= scores).all()
+    # Below the smallest normal number the step is absolute.
+    assert (scores - floor <= np.minimum(scores, 1 - scores) / 256 + 2.0**-133).all()
+    assert (compressed(floor) == codes).all()
+
+
+def test_compact_ends_and_one_half_are_exact():
+    ends = np.array([0, 0.5, 1], np.float32)
+    assert (decompressed(compressed(ends)) == ends).all()
+    assert compressed(np.float32(0.5)) > compressed(np.nextafter(np.float32(0.5), np.float32(0)))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_compact_figures_stay_within_their_stated_bounds(seed):
+    scores, targets = drawn(seed, documents=400, labels=30)
+    scores = (0.4 + scores / 50).astype(np.float32)  # crowded: many share a code
+    exact, compact = held(scores, targets), held(scores, targets, compact=True, batch=64)
+    wanted, found = multilabel_scores(exact, thresholds=0.5), multilabel_scores(compact, thresholds=0.5)
+    for name in ("auroc_micro", "average_precision_micro", "auroc_macro", "average_precision_macro"):
+        error, bound = abs(found[name] - wanted[name]), found[f"{name}_error_bound"]
+        assert 0 < error <= bound < 0.2
+    same = set(wanted) - {name for name in wanted if "auroc" in name or "average_precision" in name}
+    assert len(same) >= 15
+    assert {name: found[name] for name in same} == {name: wanted[name] for name in same}
+
+
+def test_decisions_at_thresholds_tuned_on_compact_predictions_are_those_of_the_scores():
+    scores, targets = drawn(5, documents=300)
+    compact = held(scores, targets, compact=True)
+    for threshold in (tune_thresholds(compact).common, tune_thresholds(compact).per_label, 0.5, NEVER):
+        flagged = np.concatenate([part for _, part in compact.flagged(threshold)])
+        assert (flagged == (scores >= threshold)).all()
+
+
+def test_compact_predictions_of_many_labels_take_two_bytes_a_score():
+    rng = np.random.default_rng(0)
+    predictions = MultilabelPredictions(9000, compact=True)
+    for _ in range(3):
+        predictions.add(rng.random((32, 9000), np.float32), sparse.random_array((32, 9000), density=1e-3) > 0)
+    assert sum(chunk.nbytes for chunk in predictions._chunks) == 96 * 9000 * 2
+    assert sum(array.nbytes for array in predictions.cells) < 96 * 9000 * 2 / 20
+
+
+# Groups and hierarchy
+
+
+def test_frequency_bands_are_closed_above():
+    counts = [0, 10, 11, 50, 51, 200, 201, 1000, 1001]
+    bands = ["≤10", "≤10", "11–50", "11–50", "51–200", "51–200", "201–1000", "201–1000", ">1000"]
+    assert frequency_bands(counts) == bands
+    assert frequency_bands([1999, 2000], edges=(1999,)) == ["≤1999", ">1999"]
+    with pytest.raises(ValueError, match="ascend"):
+        frequency_bands(counts, edges=(50, 10))
+
+
+def test_groups_score_their_own_labels_only():
+    scores, targets = drawn(4)
+    groups = ["a", "b", None, "a", "b", "b", None, "a", "a", "b", "a", "c"]
+    found = grouped_scores(label_scores(held(scores, targets), 0.4), groups)
+    assert list(found) == ["a", "b", "c"]
+    for name in "ab":
+        members = [label for label, group in enumerate(groups) if group == name]
+        alone = multilabel_metrics(targets[:, members], scores[:, members], threshold=0.4)
+        shared = set(alone) & set(found[name])
+        assert {"auroc_macro", "f1_micro", "f1_macro", "f1_macro_caml", "labels_dropped"} <= shared
+        assert {key: found[name][key] for key in shared} == pytest.approx({key: alone[key] for key in shared})
+    with pytest.raises(ValueError, match="one group a label"):
+        grouped_scores(label_scores(held(scores, targets)), groups[1:])
+
+
+def test_a_wrong_sibling_counts_below_its_ancestor_by_hand():
+    # A0 A1 A2 below A, B0 below B. Document 1: true A0 A1, predicted A2 (a sibling); 2: true B0, predicted A0.
+    targets = np.array([[1, 1, 0, 0], [0, 0, 0, 1]])
+    flagged = np.array([[0, 0, 1, 0], [1, 0, 0, 0]])
+    found = hierarchical_scores(held(flagged * 1.0, targets), [["A"], ["A"], ["A"], ["B"]], 0.5)
+    # counts: document 1 A min(1, 2) = 1 of 1 claimed and 2 true; document 2 A 0 of 1, B 0 of 0 claimed and 1 true
+    assert found["precision_counts"] == pytest.approx(1 / 2)
+    assert found["recall_counts"] == pytest.approx(1 / 3)
+    assert found["f1_counts"] == pytest.approx(2 / 5)
+    # sets: document 1 A; document 2 A claimed, B true
+    assert (found["precision_sets"], found["recall_sets"], found["f1_sets"]) == (0.5, 0.5, 0.5)
+    assert macro_scores(label_scores(held(flagged * 1.0, targets), 0.5))["f1_micro"] == 0
+
+
+def test_with_each_label_its_own_ancestor_the_hierarchy_is_flat():
+    scores, targets = drawn(6)
+    predictions = held(scores, targets, batch=7)
+    found = hierarchical_scores(predictions, [[str(label)] for label in range(12)], 0.3)
+    flat = macro_scores(label_scores(predictions, 0.3))["f1_micro"]
+    assert found["f1_counts"] == found["f1_sets"] == pytest.approx(flat)
+
+
+# Thresholds
+
+
+def test_the_common_threshold_has_the_best_micro_f1_of_all():
+    scores, targets = drawn(7)
+    tuned = tune_thresholds(held(scores, targets), min_positives=20)
+    assert tuned.common == best_f1_threshold(targets.ravel(), scores.ravel())
+    best = max(sk.f1_score(targets.ravel(), scores.ravel() >= cut) for cut in np.unique(scores))
+    assert sk.f1_score(targets.ravel(), scores.ravel() >= tuned.common) == best
+
+
+def test_labels_with_few_positives_fall_back_to_the_common_threshold():
+    scores, targets = drawn(8)
+    tuned = tune_thresholds(held(scores, targets), min_positives=20)
+    assert (tuned.tuned == (targets.sum(axis=0) >= 20)).all()
+    assert 0 < tuned.tuned.sum() < 12
+    assert (tuned.per_label[~tuned.tuned] == tuned.common).all()
+    for label in np.flatnonzero(tuned.tuned):
+        assert tuned.per_label[label] == best_f1_threshold(targets[:, label], scores[:, label])
+
+
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("label", [None, 1])
+def test_a_threshold_for_a_precision_assigns_the_most_codes_that_reach_it(compact, label):
+    scores, targets = drawn(9, documents=300)
+    point = threshold_for(held(scores, targets, compact=compact), precision=0.8, label=label, n_resamples=200)
+    p, y = (scores, targets) if label is None else (scores[:, label], targets[:, label])
+    flagged = p >= point.threshold
+    assert point.assigned == flagged.sum()
+    assert point.per_document == pytest.approx(flagged.sum() / 300)
+    assert point.precision.value == pytest.approx(y[flagged].mean())
+    assert point.precision.value >= 0.8
+    assert point.coverage.value == pytest.approx(y[flagged].sum() / y.sum())
+    assert point.precision.low < point.precision.value < point.precision.high
+    lower = [y[p >= cut].mean() for cut in np.unique(p[~flagged])]
+    assert compact or max(lower) < 0.8
+
+
+def test_documents_of_one_patient_widen_the_interval():
+    scores, targets = drawn(10, documents=40)
+    predictions = held(np.repeat(scores, 8, axis=0), np.repeat(targets, 8, axis=0))
+    apart = threshold_for(predictions, precision=0.7, n_resamples=300).precision
+    together = threshold_for(predictions, precision=0.7, n_resamples=300, documents=np.arange(320) // 8).precision
+    assert together.value == apart.value
+    assert together.high - together.low > 2 * (apart.high - apart.low)
+
+
+def test_a_precision_out_of_reach_assigns_nothing():
+    scores, targets = np.array([[0.9, 0.2], [0.8, 0.1]]), np.array([[0, 1], [0, 0]])
+    point = threshold_for(held(scores, targets), precision=0.9, n_resamples=20)
+    assert (point.threshold, point.assigned, point.coverage.value) == (NEVER, 0, 0)
+    assert math.isnan(point.precision.value)
+    for bad in (0, 1.1):
+        with pytest.raises(ValueError, match="precision"):
+            threshold_for(held(scores, targets), precision=bad)
+    with pytest.raises(ValueError, match=r"`label` must lie in \[0, 2\), got 2"):
+        threshold_for(held(scores, targets), precision=0.5, label=2)
+
+
+def test_three_decisions_by_hand():
+    decided = decide([[0.2, 0.5, 0.95], [0.5, 0.3, 0.9]], review=[0.4, 0.4, 0.4], auto_code=[0.9, 0.5, 0.9])
+    assert [[DECISIONS[place] for place in row] for row in decided] == [
+        ["ignore", "auto-code", "auto-code"],
+        ["review", "ignore", "auto-code"],
+    ]
+    crossed = decide([0.3, 0.5], review=0.4, auto_code=0.2)
+    assert [DECISIONS[place] for place in crossed] == ["auto-code", "auto-code"]
+
+
+def test_what_is_routed_where_adds_up_and_matches_the_decisions():
+    scores, targets = drawn(11)
+    auto = np.linspace(0.3, 0.9, 12)
+    table = routing_scores(held(scores, targets), review=0.4, auto_code=auto)
+    decided = decide(scores, review=0.4, auto_code=auto)
+    for place, name in enumerate(DECISIONS):
+        assert table[name]["per_document"] == pytest.approx((decided == place).sum() / 60)
+        assert table[name]["precision"] == pytest.approx(targets[decided == place].mean())
+        assert table[name]["share_of_codes"] == pytest.approx(targets[decided == place].sum() / targets.sum())
+    assert sum(row["per_document"] for row in table.values()) == pytest.approx(12)
+
+
+# Trainer
+
+
+def test_the_metrics_of_a_trainer_gather_batches_and_start_anew():
+    torch = pytest.importorskip("torch")
+    from transformers import EvalPrediction
+
+    scores, targets = drawn(12)
+    logits = np.log(scores) - np.log1p(-scores)
+    compute = trainer_code_metrics(12, threshold=0.4)
+    for _ in range(2):  # two evaluations
+        for start in range(0, 60, 25):
+            rows, last = slice(start, start + 25), start == 50
+            batch = EvalPrediction(torch.tensor(logits[rows]), torch.tensor(targets[rows]))
+            found = compute(batch, compute_result=last)
+            assert bool(found) == last
+        expected = multilabel_scores(held(scores, targets), thresholds=0.4)
+        assert found == pytest.approx(expected, abs=1e-6)
