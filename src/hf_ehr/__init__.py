@@ -12,8 +12,17 @@ from transformers import (
     AutoTokenizer,
 )
 
+from .models.configuration_ehrbert import EhrBertConfig
 from .models.configuration_ehrrnn import EhrRnnConfig
 from .models.configuration_medbert import MedBertConfig
+from .models.modeling_ehrbert import (
+    EhrBertForICDCoding,
+    EhrBertForMaskedLM,
+    EhrBertForPreTraining,
+    EhrBertForSequenceClassification,
+    EhrBertModel,
+)
+from .models.modeling_ehrbert_embeddings import extend_position_embeddings
 from .models.modeling_ehrrnn import EhrRnnForSequenceClassification, EhrRnnModel
 from .models.modeling_medbert import (
     MedBertForMaskedLM,
@@ -36,7 +45,22 @@ AutoModel.register(EhrRnnConfig, EhrRnnModel, exist_ok=True)
 AutoModelForSequenceClassification.register(EhrRnnConfig, EhrRnnForSequenceClassification, exist_ok=True)
 AutoTokenizer.register(EhrRnnConfig, tokenizer_class=EhrCodeTokenizer, exist_ok=True)
 
+AutoConfig.register("ehr_bert", EhrBertConfig, exist_ok=True)
+AutoModel.register(EhrBertConfig, EhrBertModel, exist_ok=True)
+AutoModelForMaskedLM.register(EhrBertConfig, EhrBertForMaskedLM, exist_ok=True)
+AutoModelForPreTraining.register(EhrBertConfig, EhrBertForPreTraining, exist_ok=True)
+# Of the two the library takes the one that the checkpoint's `architectures` name, and the first for a bare encoder.
+AutoModelForSequenceClassification.register(
+    EhrBertConfig, (EhrBertForSequenceClassification, EhrBertForICDCoding), exist_ok=True
+)
+
 __all__ = [
+    "EhrBertConfig",
+    "EhrBertForICDCoding",
+    "EhrBertForMaskedLM",
+    "EhrBertForPreTraining",
+    "EhrBertForSequenceClassification",
+    "EhrBertModel",
     "EhrCodeTokenizer",
     "EhrRnnConfig",
     "EhrRnnForSequenceClassification",
@@ -47,4 +71,5 @@ __all__ = [
     "MedBertForSequenceClassification",
     "MedBertModel",
     "__version__",
+    "extend_position_embeddings",
 ]

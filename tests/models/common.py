@@ -102,13 +102,16 @@ class FamilySuite:
         torch.manual_seed(0)
         return head.model_class(self.config(**(self.no_dropout | head.overrides | overrides))).eval()
 
+    def padded(self, **kwargs) -> dict:
+        """Random input of three rows in the streams that the family reads."""
+        return padded_batch(self.vocab_size, **kwargs)
+
     def batch(self, head: Head, **kwargs) -> dict:
-        batch = padded_batch(self.vocab_size, **kwargs)
+        batch = self.padded(**kwargs)
         return batch | head.labels(batch)
 
     def inputs(self, head: Head, **kwargs) -> dict:
-        batch = padded_batch(self.vocab_size, **kwargs)
-        return batch
+        return self.padded(**kwargs)
 
     def output(self, head: Head, model, batch: dict) -> torch.Tensor:
         with torch.no_grad():
@@ -343,7 +346,7 @@ class FamilySuite:
 
     def test_it_loads_without_the_package(self, tmp_path):
         """Every head at once: a process that cannot import `hf_ehr` loads the folder and gets equal numbers."""
-        batch = padded_batch(self.vocab_size)
+        batch = self.padded()
         torch.save(batch, tmp_path / "batch.pt")
         for head in self.heads:
             model = self.model(head)

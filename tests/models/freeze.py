@@ -7,10 +7,11 @@ import json
 
 from tests.models.common import FIXTURES
 from tests.models.test_behrt import TestBehrt
+from tests.models.test_ehrbert import TestEhrBert
 from tests.models.test_ehrrnn import TestEhrRnn
 from tests.models.test_medbert import TestMedBert, TestMedBertHeads, TestMedBertOptions
 
-FAMILIES = (TestMedBert(), TestMedBertOptions(), TestMedBertHeads(), TestEhrRnn(), TestBehrt())
+FAMILIES = (TestMedBert(), TestMedBertOptions(), TestMedBertHeads(), TestEhrRnn(), TestBehrt(), TestEhrBert())
 
 
 def main() -> None:
