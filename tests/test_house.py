@@ -41,6 +41,8 @@ FLOORS = (
         "visualization",
         "attention_maps",
         "attention_page",
+        "evidence",
+        "highlight_page",
     },
     {
         "",
