@@ -164,7 +164,7 @@ def test_positions_do_not_move_under_left_padding():
     with torch.no_grad():
         plain, padded = model(tokens), model(left, attention_mask=(left > 0).long())
     torch.testing.assert_close(padded.last_hidden_state[:, 2:], plain.last_hidden_state, atol=1e-5, rtol=0)
-    torch.testing.assert_close(padded.pooler_output, plain.pooler_output, atol=1e-6, rtol=0)
+    torch.testing.assert_close(padded.pooler_output, plain.pooler_output, atol=1e-5, rtol=0)
 
 
 # More positions (row 58)

@@ -92,15 +92,9 @@ class ICDCodingMixin:
         if not id2label:
             raise ValueError("`id2label` must name at least one label, got none. Pass {0: 'I10', …}.")
         base = _open_encoder(encoder)
-        if base.config.model_type == cls.config_class.model_type:
-            fields = base.config.to_dict()
-        else:
-            fields = {"text_config": base.config, "initializer_range": base.config.initializer_range}
         labels = {"id2label": id2label, "label2id": {name: index for index, name in id2label.items()}}
-        fields |= {"problem_type": "multi_label_classification", **labels, **overrides}
-        for name in ("architectures", "auto_map", "dtype"):
-            fields.pop(name, None)
-        return cls(cls.config_class(**fields), base).to(base.dtype)
+        fields = {"problem_type": "multi_label_classification", **labels, **overrides}
+        return cls(_coding_config(cls.config_class, base.config, fields), base).to(base.dtype)
 
     def set_label_embeddings(self, matrix: torch.Tensor) -> None:
         """Starts the label vectors from embeddings of the codes' descriptions (section 3.3.2); they are then trained.
@@ -201,6 +195,21 @@ def _open_encoder(encoder: str | Path | PreTrainedModel) -> Any:
     if isinstance(encoder, PreTrainedModel):
         return encoder.base_model
     return AutoModel.from_pretrained(encoder, dtype=torch.float32)
+
+
+def _coding_config(family: Any, config: Any, fields: dict) -> Any:
+    """The configuration of a coding model on an encoder with `config`, which the encoder's layers go on reading."""
+    if config.model_type == family.model_type:
+        for name, value in fields.items():
+            setattr(config, name, value)
+        config.validate()
+        return config
+    implementation = config._attn_implementation
+    if hasattr(config, "initializer_range"):
+        fields = {"initializer_range": config.initializer_range} | fields
+    coding = family(text_config=config, **fields)
+    coding._attn_implementation = implementation  # a new configuration forgets that of its parts
+    return coding
 
 
 def _targets(labels, owners) -> tuple[torch.Tensor, torch.Tensor]:
