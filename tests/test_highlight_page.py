@@ -33,7 +33,7 @@ CODES = [
     },
     {
         "code": "S72.002A", "description": "Fracture of neck of left femur", "probability": 0.41, "decision": "review",
-        "spans": [dict(zip(("start", "end", "weight"), span("Hip fracture", 0.3), strict=True)), (0, 3, 0.0), (5, 5, 9)],
+        "spans": [span("Hip fracture", 0.3)._asdict(), (0, 3, 0.0), (5, 5, 9)],
     },
 ]  # fmt: skip
 
@@ -154,6 +154,12 @@ def test_evidence_far_down_a_long_note_is_brought_into_view(browser, tmp_path, s
     highlight_page(long, [dict(found, spans=spans), *others], tmp_path / "long.html", title="x" * 90)
     browser.open(tmp_path / "long.html", size)
     browser.mouse(code(0), click=True)
+    browser.run("scrollTo(0, 0)")
+    top, bottom, window = browser.run(
+        "(({top, bottom}) => [top, bottom, window.innerHeight])"
+        "(document.getElementById('found').getBoundingClientRect())"
+    )
+    assert 0 <= top < bottom <= window, "the list of evidence is cut off by the window"
     for place, text in ((1, "hip fracture"), (0, "All")):
         browser.run(f"document.querySelectorAll('.span')[{place}].click()")
         assert browser.texts(".sought") == [text]

@@ -35,6 +35,7 @@ FLOORS = (
         "intervals",
         "multilabel_predictions",
         "multilabel",
+        "multilabel_intervals",
         "code_thresholds",
         "baselines",
         "code_embeddings",

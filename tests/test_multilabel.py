@@ -32,6 +32,7 @@ from hf_ehr.multilabel import (
     precision_at_k,
     trainer_code_metrics,
 )
+from hf_ehr.multilabel_intervals import _figures, multilabel_intervals
 from hf_ehr.multilabel_predictions import MultilabelPredictions, compressed, decompressed
 
 # Three documents, four labels; the last label never occurs.
@@ -404,3 +405,52 @@ def test_the_metrics_of_a_trainer_gather_batches_and_start_anew():
             assert bool(found) == last
         expected = multilabel_scores(held(scores, targets), thresholds=0.4)
         assert found == pytest.approx(expected, abs=1e-6)
+
+
+# Intervals over documents
+
+
+def repeated(weight, scores, targets):
+    """The set in which every document stands as often as its weight says."""
+    return held(np.repeat(scores, weight, axis=0), np.repeat(targets, weight, axis=0))
+
+
+@pytest.mark.parametrize("levels", [None, 6])
+def test_a_figure_of_weighted_documents_is_that_of_repeated_documents(levels):
+    scores, targets = drawn(13, levels=levels)
+    weight = np.random.default_rng(0).integers(0, 3, len(scores))
+    figures = _figures(held(scores, targets, batch=17), 0.4, (3, 8))
+    for counts in (weight, np.ones_like(weight)):
+        expected = multilabel_scores(repeated(counts, scores, targets), thresholds=0.4, ks=(3, 8))
+        assert len(figures) >= 11
+        for name, figure in figures.items():
+            assert figure(counts.astype(float)) == pytest.approx(expected[name], abs=1e-6), name
+
+
+def test_intervals_hold_the_figure_and_clusters_widen_them():
+    scores, targets = drawn(14, documents=30)
+    many = held(np.repeat(scores, 6, axis=0), np.repeat(targets, 6, axis=0))
+    apart = multilabel_intervals(many, threshold=0.4, n_resamples=100)
+    together = multilabel_intervals(many, threshold=0.4, n_resamples=100, documents=np.arange(180) // 6)
+    found = multilabel_scores(many, thresholds=0.4)
+    for name, interval in apart.items():
+        assert interval.value == pytest.approx(found[name], abs=1e-6)
+        assert interval.low <= interval.value <= interval.high or name == "exact_match"
+    for name in ("f1_micro", "map", "average_precision_micro", "auroc_micro"):
+        assert together[name].high - together[name].low > 1.6 * (apart[name].high - apart[name].low)
+
+
+def test_a_paired_difference_sees_what_separate_intervals_do_not():
+    scores, targets = drawn(15, documents=80)
+    better = np.where(targets, scores * 0.9 + 0.1, scores * 0.97)
+    ours, theirs = held(better, targets), held(scores, targets)
+    differences = multilabel_intervals(ours, rival=theirs, threshold=0.4, rival_threshold=0.4, n_resamples=100)
+    alone = [multilabel_intervals(model, n_resamples=100)["map"] for model in (ours, theirs)]
+    difference = differences["map"]
+    assert difference.value == pytest.approx(alone[0].value - alone[1].value)
+    assert difference.low > 0
+    assert alone[0].low < alone[1].high
+    with pytest.raises(ValueError, match="same documents"):
+        multilabel_intervals(ours, rival=held(scores, targets[::-1]))
+    with pytest.raises(ValueError, match="given together"):
+        multilabel_intervals(ours, rival=theirs, threshold=0.5)
