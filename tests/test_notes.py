@@ -340,6 +340,13 @@ def test_as_of_waits_for_the_second_encounter_and_the_paper_does_not(mode, imput
     assert table["note_id"].to_pylist()[2:] == imputed
 
 
+def test_a_note_of_the_same_time_as_the_second_encounter_is_not_behind_it():
+    table = notes(*"abc", subjects=[1, 1, 1], time=[day(0), day(1), day(1)])
+    given_labels = labels(("n0", CHRONIC), ("n1", CHRONIC))
+    assert impute_chronic_codes(given_labels, table, mode="as_of").num_rows == 2
+    assert impute_chronic_codes(given_labels, table, mode="paper").num_rows == 3
+
+
 def test_two_notes_of_one_visit_are_one_encounter():
     table = FIVE_NOTES.append_column("visit_id", pa.array([7, 7, 7, 8, 9]))
     once = labels(("n0", CHRONIC), ("n1", CHRONIC))

@@ -12,6 +12,7 @@ from hf_ehr.models.code_hierarchy import parent
 from hf_ehr.notes import DISTRACTOR_KINDS, EVIDENCE_KINDS, fit_word_tokenizer, segment_notes
 from hf_ehr.ontology import chapter, describe
 from hf_ehr.sources._synthetic_note_phrases import DISTRACTORS, words
+from hf_ehr.sources._synthetic_note_worlds import FORMS
 from hf_ehr.sources.synthetic_notes import (
     SyntheticNotesConfig,
     code_table,
@@ -86,6 +87,12 @@ def test_a_code_is_named_nowhere_but_in_its_spans(world, codes):
             for form in row
         ]
         assert [name for name in names if name in left] == []
+
+
+def test_no_name_serves_two_codes():
+    table = pl.DataFrame(code_table(SyntheticNotesConfig(codes=700)))
+    names = [joined(form) for row in table.select(FORMS).rows() for form in row]
+    assert len(set(names)) == len(names) == 5 * 700
 
 
 def test_labels_are_the_codes_with_evidence_and_a_known_share_without(world):
