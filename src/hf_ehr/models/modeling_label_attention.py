@@ -19,8 +19,8 @@ from transformers import initialization as init
 from .modeling_ehr import PackedSequences
 from .modeling_heads import Steps
 
-SCORE_BUDGET = 2**22
-"""Attention weights held at once (16 MiB in fp32), whatever the number of labels; at least one label's."""
+SCORE_BUDGET = 2**21
+"""Attention weights held at once (8 MiB in fp32), whatever the number of labels; at least one label's."""
 
 
 class UnitTokens(NamedTuple):
@@ -138,7 +138,8 @@ class LabelAttentionHead(nn.Module):
         # Half of the least number: a score added to it stays finite, and a unit without tokens gets no NaN.
         hidden = torch.finfo(dtype).min / 2
         mask = steps.rectangle(torch.zeros(len(states), dtype=dtype, device=states.device), fill=hidden)
-        return steps.rectangle(keys.to(dtype)), steps.rectangle(values.to(dtype)), mask
+        wide = steps.rectangle(keys.to(dtype))
+        return wide, wide if values is keys else steps.rectangle(values.to(dtype)), mask
 
     def _rows_and_shared(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Parameters with a row for each label, and those that the labels share (all but `W_b`)."""
