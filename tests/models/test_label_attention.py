@@ -82,8 +82,8 @@ def bce(logits, targets):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Two labels a chunk, and the last chunk has one."""
-    monkeypatch.setattr(label_attention, "SCORE_BUDGET", 2 * 2 * 14)
+    """One note and two labels a chunk, and the last chunk has one label."""
+    monkeypatch.setattr(label_attention, "SCORE_BUDGET", 2 * 14)
 
 
 @every_form
@@ -128,16 +128,16 @@ def test_the_number_of_labels_in_a_chunk_changes_nothing(form, monkeypatch):
 
 
 def test_no_chunk_holds_more_weights_than_the_budget(monkeypatch):
-    monkeypatch.setattr(label_attention, "SCORE_BUDGET", 2 * 14 * 3)
+    monkeypatch.setattr(label_attention, "SCORE_BUDGET", 14 * 3)  # the longer note has 14 tokens
     seen, plain = [], label_attention._weights
 
     def spy(keys, mask, vectors):
-        seen.append(len(vectors))
+        seen.append((len(keys), len(vectors)))
         return plain(keys, mask, vectors)
 
     monkeypatch.setattr(label_attention, "_weights", spy)
     coder().train()(**text_batch(), note_index=NOTES, labels=TARGETS).loss.backward()
-    assert seen == [3, 3, 1]
+    assert seen == [(1, 3), (1, 3), (1, 1)] * 2
 
 
 # What the labels look at

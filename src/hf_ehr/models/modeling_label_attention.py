@@ -8,7 +8,7 @@ The codes go in chunks; with a loss, each chunk's gradient is made in the forwar
 whatever the number of codes.
 """
 
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any, NamedTuple
 
 import torch
@@ -171,21 +171,32 @@ def _logits(inputs, scale: float, per_label, shared) -> torch.Tensor:
     return contexts.squeeze(-1).float()
 
 
-def _chunks(inputs, labels: int) -> list[slice]:
-    """Slices of the labels, each within `SCORE_BUDGET`."""
-    step = max(1, SCORE_BUDGET // max(1, inputs[2].numel()))
-    return [slice(start, min(start + step, labels)) for start in range(0, labels, step)]
+def _chunks(inputs, labels: int) -> tuple[list[slice], list[slice]]:
+    """Slices of the units and of the labels; any pair is within `SCORE_BUDGET`.
+
+    About a thousand labels meet a few units at a time: narrow products are slow, and every chunk adds to the gradients
+    of all its units' keys.
+    """
+    units, width = inputs[2].shape
+    step = max(1, SCORE_BUDGET // max(1, width * 1024))
+    unit_slices = [slice(start, start + step) for start in range(0, units, step)]
+    step = max(1, SCORE_BUDGET // max(1, width * min(step, units)))
+    return unit_slices, [slice(start, start + step) for start in range(0, labels, step)]
 
 
 def _chunked_logits(inputs, scale: float, per_label, shared) -> torch.Tensor:
     """`_logits` of all labels; under autograd a chunk's weights are made again in the backward pass."""
-    chunks, score = _chunks(inputs, len(per_label[0])), _logits
-    if torch.is_grad_enabled() and len(chunks) > 1:
-
-        def score(*arguments):
-            return checkpoint(_logits, *arguments, use_reentrant=False)
-
-    return torch.cat([score(inputs, scale, [rows[part] for rows in per_label], shared) for part in chunks], dim=1)
+    units, labels = _chunks(inputs, len(per_label[0]))
+    rows = []
+    for unit in units:
+        some = tuple(tensor[unit] for tensor in inputs)
+        arguments = [(some, scale, [parameter[part] for parameter in per_label], shared) for part in labels]
+        if torch.is_grad_enabled() and len(units) * len(labels) > 1:
+            scores = [checkpoint(_logits, *one, use_reentrant=False) for one in arguments]
+        else:
+            scores = [_logits(*one) for one in arguments]
+        rows.append(torch.cat(scores, dim=1))
+    return torch.cat(rows)
 
 
 def weighted_bce(logits, targets, unit_weights) -> torch.Tensor:
@@ -199,36 +210,34 @@ class _LabelLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, keys, values, mask, scale, targets, unit_weights, num_per_label, *parameters):
-        ctx.num_per_label = num_per_label
         per_label, shared = parameters[:num_per_label], parameters[num_per_label:]
-        inputs, loss, chunks = (keys, values, mask), keys.new_zeros((), dtype=torch.float32), []
+        inputs, loss = (keys, values, mask), keys.new_zeros((), dtype=torch.float32)
         if not any(ctx.needs_input_grad):
             logits = _chunked_logits(inputs, scale, per_label, shared)
             return weighted_bce(logits, targets, unit_weights), logits
-        leaves = [tensor.detach().requires_grad_() for tensor in (keys, values, *shared)]
         # Sums over chunks are kept in fp32: hundreds of small terms would be lost in half precision.
-        common = [torch.zeros_like(leaf, dtype=torch.float32) for leaf in leaves]
-        rows = [torch.empty_like(parameter) for parameter in per_label]
-        for part in _chunks(inputs, len(per_label[0])):
-            own = [parameter[part].detach().requires_grad_() for parameter in per_label]
+        tensors = (keys, values, *parameters)
+        totals = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in tensors]
+        logits = keys.new_empty(len(keys), len(per_label[0]), dtype=torch.float32)
+        units, labels = _chunks(inputs, len(per_label[0]))
+        for unit, part in product(units, labels):
+            slices = [unit, unit, *[part] * num_per_label, *[slice(None)] * len(shared)]
+            leaves = [tensor[rows].detach().requires_grad_() for tensor, rows in zip(tensors, slices, strict=True)]
+            own, common = leaves[2 : 2 + num_per_label], leaves[2 + num_per_label :]
             with torch.enable_grad():
-                scores = _logits((*leaves[:2], mask), scale, own, leaves[2:])
-                chunk_loss = weighted_bce(scores, targets[:, part], unit_weights)
-            gradients = torch.autograd.grad(chunk_loss, [*leaves, *own])
-            for total, gradient in zip(common, gradients, strict=False):
-                total += gradient
-            for row, gradient in zip(rows, gradients[len(leaves) :], strict=True):
-                row[part] = gradient
+                scores = _logits((*leaves[:2], mask[unit]), scale, own, common)
+                chunk_loss = weighted_bce(scores, targets[unit, part], unit_weights[unit])
+            gradients = torch.autograd.grad(chunk_loss, leaves)
+            for total, rows, gradient in zip(totals, slices, gradients, strict=True):
+                total[rows] += gradient
             loss += chunk_loss.detach()
-            chunks.append(scores.detach())
-        ctx.save_for_backward(*[total.to(leaf.dtype) for total, leaf in zip(common, leaves, strict=True)], *rows)
-        scores = torch.cat(chunks, dim=1)
-        ctx.mark_non_differentiable(scores)
-        return loss, scores
+            logits[unit, part] = scores.detach()
+        ctx.save_for_backward(*[total.to(tensor.dtype) for total, tensor in zip(totals, tensors, strict=True)])
+        ctx.mark_non_differentiable(logits)
+        return loss, logits
 
     @staticmethod
     def backward(ctx, scale, _):
         # The buffers are ours alone: scaling in place keeps the gradient of all labels from being held twice.
-        keys, values, *rest = (gradient.mul_(scale.to(gradient.dtype)) for gradient in ctx.saved_tensors)
-        shared, per_label = rest[: len(rest) - ctx.num_per_label], rest[len(rest) - ctx.num_per_label :]
-        return keys, values, None, None, None, None, None, *per_label, *shared
+        keys, values, *parameters = (gradient.mul_(scale.to(gradient.dtype)) for gradient in ctx.saved_tensors)
+        return keys, values, None, None, None, None, None, *parameters
