@@ -243,6 +243,7 @@ def test_descriptions_match_whole_words_without_regard_to_case():
         "fracture of the hip"
     ]
     assert string_match("a fracture of the hip", "Hip fracture")[0].weight == 1
+    assert string_match("a hip of the hip", "Hip fracture") == [(2, 16, 0.5)], "a word said twice counts once"
     assert string_match(text, "Unspecified, other") == []
     assert string_match(text, "Fracture of hip joint prosthesis") == []
     assert string_match("", "Hip") == []
