@@ -27,8 +27,8 @@ DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")
 FLOORS = (
     {"version", "schema"},
     {"sources", "records", "_sorting", "_event_columns", "ontology", "vocabulary", "notes", "hourly", "tasks"},
-    {"prepare", "datasets", "_histories"},
-    {"samplers", "collators"},
+    {"prepare", "datasets", "_histories", "_example_writer", "note_datasets", "_note_pairs"},
+    {"samplers", "collators", "note_collators"},
     {
         "metrics",
         "_scores",

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
+from ._example_writer import ExampleWriter
 from ._histories import (
     NEVER,
     History,
@@ -32,7 +33,7 @@ from ._histories import (
     record_batches,
     total_before,
 )
-from .schema import CODE_KINDS, EhrDataError, atomic_path, shard_paths, validate_labels
+from .schema import CODE_KINDS, EhrDataError, shard_paths, validate_labels
 
 if TYPE_CHECKING:
     import datasets
@@ -148,7 +149,7 @@ def build_examples(
         kept,
         _Labels.parse(labels, label_names, kept),
     )
-    writer = _Writer(_features(builder.labels, builder.streams), None if cache_dir is None else Path(cache_dir))
+    writer = ExampleWriter(_features(builder.labels, builder.streams), None if cache_dir is None else Path(cache_dir))
     parts = [records] if isinstance(records, pa.Table) else shard_paths(records, "records")
     for part in tqdm(parts, desc="Building examples", unit="shard", disable=len(parts) < 2):
         writer.add(table for batch in record_batches(part, kinds) for table in builder.examples(batch))
@@ -310,39 +311,6 @@ class _Builder:
         if left_out:
             logger.warning("Examples left out of %d: %s.", built + sum(self.counts.values()), left_out)
         return f"{built} examples; left out: {left_out or 'none'}."
-
-
-class _Writer:
-    """Collects example tables, in memory or as one Arrow file per shard under ``directory``."""
-
-    def __init__(self, features: datasets.Features, directory: Path | None):
-        self.features, self.directory = features, directory
-        self.tables: list[pa.Table] = []
-        self.paths: list[Path] = []
-
-    def add(self, tables: Iterator[pa.Table]) -> None:
-        """Writes the examples of one shard; a file appears only when it is whole."""
-        schema = self.features.arrow_schema
-        if self.directory is None:
-            self.tables.extend(table.cast(schema) for table in tables)
-            return
-        path = self.directory / f"examples-{len(self.paths):05d}.arrow"
-        with atomic_path(path) as temporary, pa.ipc.new_stream(temporary, schema) as stream:
-            for table in tables:
-                stream.write_table(table.cast(schema))
-        self.paths.append(path)
-
-    def finish(self, description: str) -> datasets.Dataset:
-        """The data set of all examples."""
-        import datasets
-
-        if self.directory is None:
-            table = pa.concat_tables(self.tables)
-            dataset = datasets.Dataset(table, info=datasets.DatasetInfo(features=self.features))
-        else:
-            dataset = datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in self.paths])
-        dataset.info.description = description
-        return dataset
 
 
 def _features(labels: _Labels | None, streams: Sequence[str]) -> datasets.Features:

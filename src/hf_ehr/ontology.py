@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import json
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from importlib import resources
@@ -201,6 +202,56 @@ def icd10_ancestors(codes: Iterable[str]) -> list[list[str] | None]:
     return chains
 
 
+def code_status(codes: Iterable[str]) -> list[str | None]:
+    """Whether each ICD-10 code can be billed (ICD-10-CM and ICD-10-PCS of 2024).
+
+    Returns:
+        ``valid`` (on the list), ``truncated`` (the beginning of a code on the list: a category, or a code cut short)
+        or ``unknown``; ``None`` for other vocabularies.
+
+    Example:
+        >>> code_status(["ICD10CM/E11.9", "ICD10CM/E11", "ICD10CM/E11.9X", "ICD9CM/428.0"])
+        ['valid', 'truncated', 'unknown', None]
+    """
+    listed = {name: sorted(billable_codes(name)) for name in ("ICD10CM", "ICD10PCS")}
+    return [_status(code, listed) for code in codes]
+
+
+def _status(code: str, listed: dict[str, list[str]]) -> str | None:
+    vocabulary, _, value = code.partition("/")
+    if vocabulary not in listed:
+        return None
+    bare, codes = undotted(value), listed[vocabulary]
+    place = bisect_left(codes, bare)
+    if place == len(codes) or not codes[place].startswith(bare):
+        return "unknown"
+    return "valid" if codes[place] == bare else "truncated"
+
+
+@cache
+def billable_codes(vocabulary: str) -> dict[str, str]:
+    """The list of billable codes that :func:`describe` reads.
+
+    Args:
+        vocabulary: ``ICD9CM``, ``ICD9Proc``, ``ICD10CM`` or ``ICD10PCS``.
+
+    Returns:
+        Undotted code → name, not to be changed; empty for a vocabulary without a list.
+    """
+    if vocabulary == "ICD9CM":
+        with _data_file("icd9dx2015.csv").open(newline="", encoding="utf-8") as lines:
+            return {row["dgns_cd"]: row["longdesc"] for row in csv.DictReader(lines)}
+    files = {
+        "ICD9Proc": ("ICD_9_CM_v32_master_descriptions", "CMS32_DESC_LONG_SG.txt"),
+        "ICD10CM": ("ICD_10_CM_2024_release", "icd10cm-codes-2024.txt"),
+        "ICD10PCS": ("ICD_10_CM_2024_release", "icd10pcs-codes-2024.txt"),
+    }
+    if vocabulary not in files:
+        return {}
+    text = _data_file(*files[vocabulary]).read_text(encoding="utf-8")
+    return dict(line.split(None, 1) for line in map(str.strip, text.splitlines()) if line)
+
+
 def _by_vocabulary(
     codes: Iterable[str], translate: dict[str, Callable[[list[str]], Sequence[Any]]], keep: str | None = None
 ) -> list[Any]:
@@ -275,29 +326,12 @@ def _name(code: str) -> str | None:
     """The billable code's name, else the range's."""
     vocabulary, _, value = code.partition("/")
     if "-" not in value:
-        return _names(vocabulary).get(undotted(value))
+        return billable_codes(vocabulary).get(undotted(value))
     if vocabulary == "ICD10CM":
         start, end = value.split("-", 1)
         chapters, blocks = _icd10_ranges("icd10cmchapters.json"), _icd10_ranges("icd10cmblocks.json")
         return chapters.get((start, end)) or blocks.get((start, end))
     return {"ICD9CM": ICD9CM_CHAPTER_NAMES, "ICD9Proc": ICD9PROC_CHAPTER_NAMES}.get(vocabulary, {}).get(value)
-
-
-@cache
-def _names(vocabulary: str) -> dict[str, str]:
-    """Undotted billable code → name; empty for a vocabulary without a list."""
-    if vocabulary == "ICD9CM":
-        with _data_file("icd9dx2015.csv").open(newline="", encoding="utf-8") as lines:
-            return {row["dgns_cd"]: row["longdesc"] for row in csv.DictReader(lines)}
-    files = {
-        "ICD9Proc": ("ICD_9_CM_v32_master_descriptions", "CMS32_DESC_LONG_SG.txt"),
-        "ICD10CM": ("ICD_10_CM_2024_release", "icd10cm-codes-2024.txt"),
-        "ICD10PCS": ("ICD_10_CM_2024_release", "icd10pcs-codes-2024.txt"),
-    }
-    if vocabulary not in files:
-        return {}
-    text = _data_file(*files[vocabulary]).read_text(encoding="utf-8")
-    return dict(line.split(None, 1) for line in map(str.strip, text.splitlines()) if line)
 
 
 @cache

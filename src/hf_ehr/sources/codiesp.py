@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import tarfile
-from bisect import bisect_left
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -171,19 +169,6 @@ def _code_report(distinct: pl.DataFrame) -> pa.Table:
         {
             "code": pa.array(codes, pa.string()),
             "documents": pa.array(counts["documents"].to_numpy().astype(np.int64)),
-            "status": pa.array(_status(codes), pa.string()),
+            "status": pa.array(ontology.code_status(codes), pa.string()),
         }
     )
-
-
-def _status(codes: Sequence[str]) -> list[str]:
-    """``valid``, ``truncated`` or ``unknown``, by the lists of ICD-10 2024."""
-    billable = {name: sorted(ontology._names(name)) for name in _VOCABULARIES.values()}
-    answers = []
-    for code, name in zip(codes, ontology.describe(codes), strict=True):
-        vocabulary, _, value = code.partition("/")
-        bare, listed = undotted(value), billable[vocabulary]
-        place = bisect_left(listed, bare)
-        begins = place < len(listed) and listed[place].startswith(bare)
-        answers.append("valid" if name is not None else "truncated" if begins else "unknown")
-    return answers
