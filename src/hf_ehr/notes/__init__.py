@@ -2,7 +2,9 @@
 
 from .cleaning import CleanedText, CleaningName, clean, clean_with_offsets
 from .corpus import FilteredNotes, filter_notes, segment_notes
+from .folder import NoteFolder
 from .labels import frequent_codes, impute_chronic_codes, keep_codes, label_ids
+from .prepare import format_notes_summary, prepare_notes
 from .tables import (
     DISTRACTOR_KINDS,
     EVIDENCE_KINDS,
@@ -23,16 +25,19 @@ __all__ = [
     "CleanedText",
     "CleaningName",
     "FilteredNotes",
+    "NoteFolder",
     "OovReport",
     "clean",
     "clean_with_offsets",
     "filter_notes",
     "fit_word_tokenizer",
     "fit_wordpiece_tokenizer",
+    "format_notes_summary",
     "frequent_codes",
     "impute_chronic_codes",
     "keep_codes",
     "label_ids",
     "oov_per_note",
+    "prepare_notes",
     "segment_notes",
 ]
