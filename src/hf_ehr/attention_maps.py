@@ -230,17 +230,26 @@ def _visit_dates(tokenizer: Any, visits: Sequence | Mapping, kept: int) -> list[
 
 
 @contextmanager
-def _evaluating_eagerly(model: Any) -> Iterator[None]:
-    """Evaluation mode and eager attention; every module and configuration gets its own setting back."""
+def evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode; every module gets its own mode back."""
     modes = [(module, module.training) for module in model.modules()]
-    configs = [module.config for module in model.modules() if hasattr(module, "set_attn_implementation")]
-    implementations = [config._attn_implementation for config in configs]
     try:
         model.eval()
-        model.set_attn_implementation("eager")
         yield
     finally:
         for module, mode in modes:
             module.training = mode
-        for config, implementation in zip(configs, implementations, strict=True):
-            config._attn_implementation = implementation
+
+
+@contextmanager
+def _evaluating_eagerly(model: Any) -> Iterator[None]:
+    """Evaluation mode and eager attention; every module and configuration gets its own setting back."""
+    configs = [module.config for module in model.modules() if hasattr(module, "set_attn_implementation")]
+    implementations = [config._attn_implementation for config in configs]
+    with evaluating(model):
+        try:
+            model.set_attn_implementation("eager")
+            yield
+        finally:
+            for config, implementation in zip(configs, implementations, strict=True):
+                config._attn_implementation = implementation

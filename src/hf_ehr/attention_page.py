@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import html
-import json
-import re
-from importlib import resources
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from hf_ehr._pages import write_page
 from hf_ehr.attention_maps import AttentionView, Weights, bare_code, layer_mean, rollout
-from hf_ehr.schema import atomic_path
 
 SCALE = 10_000
 """Weights are written as whole ten-thousandths: half of what full precision takes, and finer than the page shows."""
@@ -38,16 +32,7 @@ def attention_page(view: AttentionView, path: str | Path, *, title: str = "Atten
         path: The file to write.
         title: Heading of the page.
     """
-    template = (resources.files("hf_ehr") / "attention_page.html").read_text(encoding="utf-8")
-    parts = {
-        "TITLE": html.escape(title),
-        "DATA": _script_safe(_page_data(view)),
-        "SCRIPT_HASH": _content_hash(template, "script"),
-        "STYLE_HASH": _content_hash(template, "style"),
-    }
-    page = re.sub(r"{{(\w+)}}", lambda found: parts[found[1]], template)
-    with atomic_path(Path(path)) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_page("attention_page.html", path, title=title, data=_page_data(view))
 
 
 def _page_data(view: AttentionView) -> dict[str, Any]:
@@ -95,16 +80,3 @@ def _visits(view: AttentionView, first: int) -> list[dict[str, Any]]:
 def _whole(weights: Weights, shown: int) -> list[int]:
     """The newest ``shown`` rows and columns, flat, in units of 1 / ``SCALE``."""
     return np.rint(weights[-shown:, -shown:] * SCALE).astype(int).ravel().tolist()
-
-
-def _script_safe(data: Any) -> str:
-    """JSON that cannot end the script element it stands in."""
-    text = json.dumps(data, separators=(",", ":"))
-    return text.replace("&", r"\u0026").replace("<", r"\u003c").replace(">", r"\u003e")
-
-
-def _content_hash(template: str, tag: str) -> str:
-    """The source expression by which a content security policy allows this one inline element."""
-    found = re.search(rf"<{tag}>(.*?)</{tag}>", template, re.DOTALL)
-    assert found is not None  # the template is ours
-    return f"'sha256-{base64.b64encode(hashlib.sha256(found[1].encode()).digest()).decode()}'"

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import html
 import math
-import re
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
-from hf_ehr.attention_page import _content_hash, _script_safe
+from hf_ehr._pages import write_page
 from hf_ehr.code_thresholds import DECISIONS
 from hf_ehr.evidence import Span
-from hf_ehr.schema import atomic_path
 
 
 class PredictedCode(TypedDict):
@@ -50,16 +46,7 @@ def highlight_page(
         ValueError: A span lies outside the note or has a weight that is negative or not finite, a probability is
             outside [0, 1], or a decision is unknown.
     """
-    template = (resources.files("hf_ehr") / "highlight_page.html").read_text(encoding="utf-8")
-    parts = {
-        "TITLE": html.escape(title),
-        "DATA": _script_safe(_page_data(text, codes)),
-        "SCRIPT_HASH": _content_hash(template, "script"),
-        "STYLE_HASH": _content_hash(template, "style"),
-    }
-    page = re.sub(r"{{(\w+)}}", lambda found: parts[found[1]], template)
-    with atomic_path(Path(path)) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_page("highlight_page.html", path, title=title, data=_page_data(text, codes))
 
 
 def _page_data(text: str, codes: Sequence[PredictedCode]) -> dict[str, Any]:

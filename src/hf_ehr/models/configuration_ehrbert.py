@@ -56,7 +56,10 @@ class EhrBertConfig(PreTrainedConfig):
         segment_pooling: How the segments of a long note become one. `attention`: one label attention over the tokens
             of all of them; `max`: the greatest score of any segment (the paper). `None`: `attention` for `xml`, and
             `max` for `cls`, which has nothing else.
-        thresholds: Decision threshold per label name, tuned on validation, stored beside `id2label`.
+        thresholds: Decision threshold per label name, tuned on validation, stored beside `id2label`; from it on a code
+            is worth a coder's review.
+        auto_code_thresholds: The same for codes that need no review; a label that is not named always needs one.
+        label_descriptions: Description per label name, where the public code lists have none or another language.
 
     Example:
     ```python
@@ -103,6 +106,8 @@ class EhrBertConfig(PreTrainedConfig):
     label_output: Literal["shared", "per_label"] = "shared"
     segment_pooling: Literal["attention", "max"] | None = None
     thresholds: dict | None = None
+    auto_code_thresholds: dict | None = None
+    label_descriptions: dict | None = None
 
     def __post_init__(self, **kwargs):
         # A checkpoint of one head must open as any other; `save_pretrained` only names the saved class.
