@@ -1,6 +1,7 @@
 """EHR foundation models for Hugging Face transformers.
 
-Importing the package registers its configurations, models and tokenizer with the Auto classes; nothing else happens.
+Importing the package registers its configurations, models and tokenizer with the Auto classes, and its pipeline with
+the library's; nothing else happens.
 """
 
 from transformers import (
@@ -11,9 +12,11 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .models.configuration_ehrbert import EhrBertConfig
 from .models.configuration_ehrrnn import EhrRnnConfig
+from .models.configuration_ehrtext import EhrTextConfig
 from .models.configuration_medbert import MedBertConfig
 from .models.modeling_ehrbert import (
     EhrBertForICDCoding,
@@ -24,6 +27,7 @@ from .models.modeling_ehrbert import (
 )
 from .models.modeling_ehrbert_embeddings import extend_position_embeddings
 from .models.modeling_ehrrnn import EhrRnnForSequenceClassification, EhrRnnModel
+from .models.modeling_ehrtext import EhrTextForICDCoding, EhrTextModel
 from .models.modeling_medbert import (
     MedBertForMaskedLM,
     MedBertForPreTraining,
@@ -31,6 +35,8 @@ from .models.modeling_medbert import (
     MedBertModel,
 )
 from .models.tokenization_ehr import EhrCodeTokenizer
+from .pipelines import TASK as _ICD_CODING
+from .pipelines import ICDCodingPipeline
 from .version import __version__
 
 AutoConfig.register("ehr_medbert", MedBertConfig, exist_ok=True)
@@ -54,6 +60,16 @@ AutoModelForSequenceClassification.register(
     EhrBertConfig, (EhrBertForSequenceClassification, EhrBertForICDCoding), exist_ok=True
 )
 
+AutoConfig.register("ehr_text", EhrTextConfig, exist_ok=True)
+AutoModel.register(EhrTextConfig, EhrTextModel, exist_ok=True)
+AutoModelForSequenceClassification.register(EhrTextConfig, EhrTextForICDCoding, exist_ok=True)
+
+# The library warns of a second registration, which a reload would be.
+if _ICD_CODING not in PIPELINE_REGISTRY.get_supported_tasks():
+    PIPELINE_REGISTRY.register_pipeline(
+        _ICD_CODING, ICDCodingPipeline, pt_model=AutoModelForSequenceClassification, type="text"
+    )
+
 __all__ = [
     "EhrBertConfig",
     "EhrBertForICDCoding",
@@ -65,6 +81,10 @@ __all__ = [
     "EhrRnnConfig",
     "EhrRnnForSequenceClassification",
     "EhrRnnModel",
+    "EhrTextConfig",
+    "EhrTextForICDCoding",
+    "EhrTextModel",
+    "ICDCodingPipeline",
     "MedBertConfig",
     "MedBertForMaskedLM",
     "MedBertForPreTraining",

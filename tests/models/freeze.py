@@ -9,9 +9,18 @@ from tests.models.common import FIXTURES
 from tests.models.test_behrt import TestBehrt
 from tests.models.test_ehrbert import TestEhrBert
 from tests.models.test_ehrrnn import TestEhrRnn
+from tests.models.test_ehrtext import TestEhrText
 from tests.models.test_medbert import TestMedBert, TestMedBertHeads, TestMedBertOptions
 
-FAMILIES = (TestMedBert(), TestMedBertOptions(), TestMedBertHeads(), TestEhrRnn(), TestBehrt(), TestEhrBert())
+FAMILIES = (
+    TestMedBert(),
+    TestMedBertOptions(),
+    TestMedBertHeads(),
+    TestEhrRnn(),
+    TestBehrt(),
+    TestEhrBert(),
+    TestEhrText(),
+)
 
 
 def main() -> None:
