@@ -126,6 +126,8 @@ def _files(input_dir: Path | None, name: str, given: Any) -> list[Path]:
     """The files of a table; only SPANS may have none."""
     if given is not None:
         candidates = [Path(given) if input_dir is None else input_dir / given]
+    elif input_dir is None and name == "spans":
+        candidates = []
     else:
         candidates = [_given(input_dir) / f"{name}{suffix}" for suffix in ("", *_SUFFIXES)]
     place = next((path for path in candidates if path.exists()), None)

@@ -229,7 +229,8 @@ class _Preparation:
 
     def write(self, labels: pa.Table, spans: pa.Table) -> None:
         """Writes the shards and ``codes.parquet``."""
-        shard_of = self.index.select("note_id", shard=pl.col("subject_id") % self.raw.shards)
+        shard = self.index["subject_id"].to_numpy() % self.raw.shards
+        shard_of = self.index.select("note_id", shard=pl.Series(shard))
         parts = {
             "labels": _by_shard(labels.cast(LABEL_TABLE_SCHEMA), shard_of, self.raw.shards),
             "spans": _by_shard(spans.cast(SPAN_TABLE_SCHEMA), shard_of, self.raw.shards),
