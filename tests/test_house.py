@@ -39,6 +39,7 @@ FLOORS = (
         "code_thresholds",
         "baselines",
         "code_embeddings",
+        "word_embeddings",
         "visualization",
         "attention_maps",
         "_pages",
