@@ -1,4 +1,4 @@
-"""What an encoder attends to in one patient: the numbers, and figures of them with ``code@visit`` ticks.
+"""What an encoder attends to in one patient or in one note: the numbers, and figures of them.
 
 Layers and heads are numbered from 1, as in Med-BERT's paper. Attention is where information flows, not why a model
 predicts what it predicts.
@@ -6,7 +6,7 @@ predicts what it predicts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_ehr._encoders import evaluating, segment_length
 from hf_ehr.ontology import describe
 from hf_ehr.visualization import _figure
 
@@ -28,6 +29,11 @@ Weights = NDArray[np.float32]
 
 MAX_DRAWN = 64
 """Codes of a figure: with more, the ticks of a grid of heads are too small to read."""
+MAX_TICKS = 32
+"""Words beside the map of a note; the map itself has all tokens."""
+BRIGHTEST = 0.998
+"""Quantile of the weights that the darkest colour stands for in the map of a note: a few tokens take nearly all of a
+head's attention, and the others would look alike."""
 MAPS_PER_ROW = 4
 COLOR_MAP = "Blues"
 """One hue from white (0) to dark: its order survives every kind of colour blindness, and grey print."""
@@ -79,6 +85,24 @@ class AttentionView:
         return [f"{bare_code(code)}@{visit}" for code, visit in zip(self.codes, self.visit_numbers, strict=True)]
 
 
+@dataclass(frozen=True, eq=False)
+class NoteAttention:
+    """The self-attention of one layer of an encoder over a note (BERT-XML: Zhang, Liu & Razavian 2020, Fig 4).
+
+    Attributes:
+        tokens: The T tokens that the model saw, special ones included.
+        attention: (heads, T, T) float32; row i holds the weights with which token i looks at all tokens, and
+            sums to 1.
+        layer: Which layer, from 1.
+        note_tokens: Tokens of the whole note; more than T where the note is longer than the model reads at once.
+    """
+
+    tokens: Sequence[str]
+    attention: Weights
+    layer: int
+    note_tokens: int
+
+
 def attention_of(
     model: Any, tokenizer: Any, visits: Sequence[Iterable[str]] | Mapping, *, max_length: int | None = None
 ) -> AttentionView:
@@ -103,18 +127,9 @@ def attention_of(
     if not inputs["input_ids"]:
         raise ValueError("`visits` must hold at least one code that the tokenizer knows, got none.")
     batch = {name: torch.tensor([ids], device=model.device) for name, ids in inputs.items()}
-    with _evaluating_eagerly(model), torch.no_grad():
-        layers = getattr(model.base_model(**batch, output_attentions=True), "attentions", None)
-    if not layers or layers[0] is None:
-        raise ValueError(
-            f"`model` must return attention weights, and {type(model).__name__} returned none. Pass a model with an "
-            "attention encoder, such as Med-BERT."
-        )
-    attention = torch.cat([layer.float() for layer in layers]).cpu().numpy()
+    attention = _rows(torch.cat(_layers(model, batch)))
     numbers = np.asarray(inputs["visit_ids"], np.int64)
     codes = tokenizer.convert_ids_to_tokens(inputs["input_ids"])
-    # In half precision the weights of a row are rounded one by one, and their sum is off by up to a percent.
-    attention /= attention.sum(axis=-1, keepdims=True)
     return AttentionView(codes, numbers, attention, _visit_dates(tokenizer, visits, numbers[-1]), describe(codes))
 
 
@@ -159,26 +174,102 @@ def attention_map(
     title, maps = _chosen_maps(view, layer, head)
     n, drawn = len(view.codes), min(len(view.codes), MAX_DRAWN)
     maps = {name: weights[-drawn:, -drawn:] for name, weights in maps.items()}
+    strongest = max(float(weights.max()) for weights in maps.values())
+    note = f"The newest {drawn} of {n} codes. Weights on older codes are not drawn: rows sum to less than 1."
+
+    def draw(axes: Axes, name: str, weights: Weights) -> Any:
+        return _draw_map(axes, name, weights, view, strongest)
+
+    return _heat_maps(path, title, maps, draw, max(2.6, 0.135 * drawn), "Code", note if drawn < n else None)
+
+
+def note_attention(
+    model: Any, tokenizer: Any, text: str, *, layer: int | None = None, max_length: int | None = None
+) -> NoteAttention:
+    """The self-attention weights of a text encoder over a note.
+
+    The model runs once, as in :func:`attention_of`. Segments of a note do not see each other, so a note that is longer
+    than the model reads at once is cut to its beginning.
+
+    Args:
+        model: EhrBert or another text encoder of the library, alone or under any head.
+        tokenizer: Its tokenizer.
+        text: The note.
+        layer: Which layer, from 1; the last by default.
+        max_length: Most tokens; the model's own limit when ``None``.
+
+    Raises:
+        ValueError: There is no such layer, or the model returns no attention weights.
+    """
+    import torch
+
+    ids = tokenizer(text, truncation=True, max_length=max_length or segment_length(model, tokenizer))["input_ids"]
+    batch = torch.tensor([ids], device=model.device)
+    layers = _layers(model, {"input_ids": batch, "attention_mask": torch.ones_like(batch)})
+    layer = len(layers) if layer is None else layer
+    if not 1 <= layer <= len(layers):
+        raise ValueError(f"`layer` must be from 1 to {len(layers)}, got {layer}.")
+    whole = len(tokenizer(text, verbose=False)["input_ids"])
+    return NoteAttention(tokenizer.convert_ids_to_tokens(ids), _rows(layers[layer - 1])[0], layer, whole)
+
+
+def note_attention_map(view: NoteAttention, path: str | Path) -> Figure:
+    """Draws every head of a layer over a note: all tokens, and the words of at most 32 of them, evenly spaced.
+
+    Args:
+        view: The note, from :func:`note_attention`.
+        path: The PNG to write.
+
+    Returns:
+        The figure that was written.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    total = len(view.tokens)
+    maps = {f"Head {number}": weights for number, weights in enumerate(view.attention, 1)}
+    strongest = float(np.quantile(view.attention, BRIGHTEST))
+    places = np.unique(np.linspace(0, total - 1, min(total, MAX_TICKS)).round().astype(int)).tolist()
+
+    def draw(axes: Axes, name: str, weights: Weights) -> Any:
+        image = axes.imshow(weights, cmap=COLOR_MAP, vmin=0, vmax=strongest, interpolation="antialiased")
+        _ticks(axes, name, places, [view.tokens[place] for place in places])
+        return image
+
+    title = f"Self-attention, layer {view.layer}"
+    cut = f"The first {total} of {view.note_tokens} tokens." if total < view.note_tokens else None
+    return _heat_maps(path, title, maps, draw, max(2.6, 0.135 * len(places)), "Token", cut, extend="max")
+
+
+def _heat_maps(
+    path: str | Path,
+    title: str,
+    maps: Mapping[str, Weights],
+    draw: Callable[[Axes, str, Weights], Any],
+    side: float,
+    unit: str,
+    note: str | None,
+    extend: str = "neither",
+) -> Figure:
+    """Writes maps in rows of four with one colour scale; ``draw`` draws one and returns its image."""
     rows = ceil(len(maps) / MAPS_PER_ROW)
     columns = ceil(len(maps) / rows)
-    side = max(2.6, 0.135 * drawn)
     size = (columns * (side + 0.9) + 1.0, rows * (side + 1.1) + 0.6)
     with _figure(path, size) as figure:
         figure.set_layout_engine("constrained")
         grid = figure.subplots(rows, columns, squeeze=False).ravel()
-        strongest = max(float(weights.max()) for weights in maps.values())
         for axes, (name, weights) in zip(grid, maps.items(), strict=False):
-            image = _draw_map(axes, name, weights, view, strongest)
+            image = draw(axes, name, weights)
         for axes in grid[::columns]:
-            axes.set_ylabel("Code")
+            axes.set_ylabel(unit)
         for axes in grid[max(len(maps) - columns, 0) : len(maps)]:
-            axes.set_xlabel("looks at this code")
+            axes.set_xlabel(f"looks at this {unit.lower()}")
         for axes in grid[len(maps) :]:
             axes.remove()
-        figure.colorbar(image, ax=list(grid[: len(maps)]), label="Attention weight", shrink=0.8, pad=0.02, aspect=30)
+        shown = list(grid[: len(maps)])
+        figure.colorbar(image, ax=shown, label="Attention weight", shrink=0.8, pad=0.02, aspect=30, extend=extend)
         figure.suptitle(title)
-        if drawn < n:
-            note = f"The newest {drawn} of {n} codes. Weights on older codes are not drawn: rows sum to less than 1."
+        if note:
             figure.supxlabel(note, fontsize=9)
     return figure
 
@@ -186,6 +277,33 @@ def attention_map(
 def bare_code(code: str) -> str:
     """The code without its vocabulary: ``I10`` for ``ICD10CM/I10``."""
     return code.partition("/")[2] or code
+
+
+def _layers(model: Any, batch: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The attention weights of each layer of the encoder, (1, heads, n, n).
+
+    Raises:
+        ValueError: The model returns none.
+    """
+    import torch
+
+    with _evaluating_eagerly(model), torch.no_grad():
+        layers = getattr(model.base_model(**batch, output_attentions=True), "attentions", None)
+    if not layers or layers[0] is None:
+        raise ValueError(
+            f"`model` must return attention weights, and {type(model).__name__} returned none. Pass a model with an "
+            "attention encoder, such as Med-BERT."
+        )
+    return layers
+
+
+def _rows(attention: Any) -> Weights:
+    """Weights in single precision, of which every row sums to 1.
+
+    In half precision the weights of a row are rounded one by one, and their sum is off by up to a percent.
+    """
+    weights = attention.float().cpu().numpy()
+    return weights / weights.sum(axis=-1, keepdims=True)
 
 
 def _chosen_maps(view: AttentionView, layer: int | None, head: int | None) -> tuple[str, dict[str, Weights]]:
@@ -213,11 +331,15 @@ def _draw_map(axes: Axes, name: str, weights: Weights, view: AttentionView, stro
     for border in np.flatnonzero(np.diff(numbers)) + 0.5:
         axes.axhline(border, color="0.45", linewidth=0.6)
         axes.axvline(border, color="0.45", linewidth=0.6)
-    axes.set_xticks(range(drawn), ticks, rotation=90, fontsize=7, parse_math=False)
-    axes.set_yticks(range(drawn), ticks, fontsize=7, parse_math=False)
+    _ticks(axes, name, range(drawn), ticks)
+    return image
+
+
+def _ticks(axes: Axes, name: str, places: Sequence[int], labels: Sequence[str]) -> None:
+    axes.set_xticks(places, labels, rotation=90, fontsize=7, parse_math=False)
+    axes.set_yticks(places, labels, fontsize=7, parse_math=False)
     axes.tick_params(length=2, pad=2)
     axes.set_title(name, fontsize=10)
-    return image
 
 
 def _visit_dates(tokenizer: Any, visits: Sequence | Mapping, kept: int) -> list[date | None] | None:
@@ -227,18 +349,6 @@ def _visit_dates(tokenizer: Any, visits: Sequence | Mapping, kept: int) -> list[
     alone = tokenizer.encode_patients([[visit] for visit in visits["visits"]])["input_ids"]
     starts = [visit.get("start") for visit, ids in zip(visits["visits"], alone, strict=True) if ids]
     return [None if start is None else date(start.year, start.month, start.day) for start in starts[-kept:]]
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode; every module gets its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from tqdm.auto import tqdm
 
+from hf_ehr._encoders import evaluating
 from hf_ehr._scores import Array
-from hf_ehr.attention_maps import evaluating
 from hf_ehr.evidence import (
     Span,
     _words,
@@ -117,7 +117,7 @@ def evidence_report(
         validation_spans: Their SPANS.
         descriptions: As in :func:`code_descriptions`, for string match.
         max_spans: Spans of a code, all by default.
-        max_length: Tokens of a segment; :func:`segment_length` by default.
+        max_length: Tokens of a segment; the most that the model reads at once by default.
         batch_size: Segments that are encoded at a time.
         n_resamples: Of the bootstrap.
         seed: Of the bootstrap and of the random rows.

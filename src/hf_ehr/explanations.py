@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from hf_ehr._encoders import evaluating, segment_length
 from hf_ehr._scores import Array
 from hf_ehr.ontology import describe
 
@@ -75,7 +76,7 @@ def label_attention_evidence(
         tokenizer: Its fast tokenizer.
         text: The note, of any length.
         label_ids: The codes to explain, ids of ``config.label2id``.
-        max_length: Tokens of a segment; :func:`segment_length` by default.
+        max_length: Tokens of a segment; the most that the model reads at once by default.
         batch_size: Segments that are encoded at a time.
 
     Raises:
@@ -118,15 +119,6 @@ def attention_gradient_evidence(
     return _evidence("attention_gradient", model, tokenizer, text, label_ids, max_length, batch_size)
 
 
-def segment_length(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The longest segment, in tokens, that both the encoder's positions and the tokenizer allow."""
-    tables = [getattr(module, "position_embeddings", None) for module in model.modules()]
-    # RoBERTa's family counts positions from behind the padding id.
-    owned = [table.padding_idx for table in tables if isinstance(table, nn.Embedding)]
-    kept = max((padding + 1 for padding in owned if padding is not None), default=0)
-    return min(tokenizer.model_max_length, model.config.max_position_embeddings - kept)
-
-
 def segment_texts(
     model: Any, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int | None = None
 ) -> NoteSegments:
@@ -165,7 +157,7 @@ class EncodedNotes:
     """Notes behind the encoder: their probabilities, and the evidence of any code without encoding them again.
 
     Args:
-        model: An ``EhrBertForICDCoding`` in evaluation mode (:func:`hf_ehr.attention_maps.evaluating`).
+        model: An ``EhrBertForICDCoding`` in evaluation mode.
         segments: From :func:`segment_texts`.
         batch_size: Segments that are encoded at a time.
     """
@@ -286,8 +278,6 @@ def check_method(method: str, model: Any) -> None:
 
 
 def _evidence(method: EvidenceMethod, model, tokenizer, text, label_ids, max_length, batch_size) -> NoteEvidence:
-    from hf_ehr.attention_maps import evaluating  # loads pyarrow
-
     with evaluating(model):
         segments = segment_texts(model, tokenizer, [text], max_length)
         return EncodedNotes(model, segments, batch_size).evidence(method, list(label_ids))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from transformers import Pipeline, pipeline
 
+from hf_ehr._encoders import evaluating
 from hf_ehr.code_thresholds import DECISIONS, NEVER, decide
 from hf_ehr.evidence import RELATIVE_THRESHOLD, Span, top_spans
 from hf_ehr.explanations import (
@@ -62,8 +63,8 @@ class ICDCodingPipeline(_Base):
         super().__init__(*args, **kwargs)
         if not callable(getattr(self.model, "code", None)):
             raise ValueError(
-                f"`model` must be an ICD coding model, got {type(self.model).__name__}. Fine-tune one with "
-                "`EhrBertForICDCoding`."
+                f"`model` must be an `EhrBertForICDCoding`, got {type(self.model).__name__}. Train one, on any "
+                "encoder of the library."
             )
         if self.tokenizer is None:
             raise ValueError("`tokenizer` must come with the model, got none. Pass the one it was trained with.")
@@ -155,8 +156,6 @@ class ICDCodingPipeline(_Base):
         segments_at_a_time: int = SEGMENTS_AT_A_TIME,
     ) -> dict[str, Any]:
         """Segments → the most probable labels, their probabilities and spans."""
-        from hf_ehr.attention_maps import evaluating  # loads pyarrow
-
         if evidence is _UNSET:
             evidence = "label_attention" if self.model.config.head == "xml" else "gradient"
         with evaluating(self.model):

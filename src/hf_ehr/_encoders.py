@@ -1,0 +1,28 @@
+"""What is asked of a model whatever its encoder: evaluation mode, and how much it reads at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode; every module gets its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def segment_length(model: Any, tokenizer: Any) -> int:
+    """The longest segment, in tokens, that both the encoder's positions and the tokenizer allow."""
+    tables = [getattr(module, "position_embeddings", None) for module in model.modules()]
+    paddings = [getattr(table, "padding_idx", None) for table in tables]
+    # RoBERTa's family counts positions from behind the padding id.
+    kept = max((padding + 1 for padding in paddings if padding is not None), default=0)
+    return min(tokenizer.model_max_length, model.config.max_position_embeddings - kept)
