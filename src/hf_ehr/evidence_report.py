@@ -203,7 +203,7 @@ def _tuned(
     for case, offsets, weights in _explained(encode, cases):
         for name, values in weights.items():
             examples.setdefault(name, []).append((values, offsets, case.truth, case.text))
-    return {name: tune_relative_threshold(rows, k=max_spans) for name, rows in examples.items()}
+    return {name: float(tune_relative_threshold(rows, k=max_spans)) for name, rows in examples.items()}
 
 
 def _baselines(
