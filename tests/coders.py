@@ -62,9 +62,10 @@ def pointing_coder(tokenizer, words, **fields):
     for label, own in enumerate(words.values()):
         ids = tokenizer.convert_tokens_to_ids([word.lower() for word in own])
         assert tokenizer.unk_token_id not in ids
-        # The inner product with its own states is about `width`, and about 0 with those of other words.
-        model.head.label_vectors[label] = states[ids].sum(dim=0) * 30 * width**-0.5
-        model.head.output.weight[label] = states[ids].sum(dim=0) * 12 / width
+        # The inner product with the label's own words is 1, and about 0 with others.
+        direction = states[ids].sum(dim=0) / states[ids[0]].square().sum()
+        model.head.label_vectors[label] = direction * 30 * width**0.5
+        model.head.output.weight[label] = direction * 12
         model.head.output.bias[label] = -6
     return model
 

@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 
 from hf_ehr import (
+    EhrBertConfig,
+    EhrBertForMaskedLM,
     EhrCodeTokenizer,
     EhrRnnConfig,
     EhrRnnModel,
@@ -19,9 +21,20 @@ from hf_ehr import (
     MedBertForSequenceClassification,
     MedBertModel,
 )
-from hf_ehr.attention_maps import MAX_DRAWN, AttentionView, attention_map, attention_of, layer_mean, rollout
+from hf_ehr.attention_maps import (
+    MAX_DRAWN,
+    AttentionView,
+    NoteAttention,
+    attention_map,
+    attention_of,
+    layer_mean,
+    note_attention,
+    note_attention_map,
+    rollout,
+)
 
 from .builders import patient, visit
+from .coders import words_of
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "attention_of_a_patient.py"
 HISTORY = [
@@ -306,3 +319,61 @@ def test_the_example_runs_with_a_random_model_and_with_a_checkpoint(tmp_path, to
         assert {path.name for path in (tmp_path / name).iterdir()} == {"layers.png", "layer-1.png", "patient.html"}
         assert "patient.html" in capsys.readouterr().out
     assert "N18.4" in (tmp_path / "random" / "patient.html").read_text()
+
+
+# Notes (BERT-XML, Fig 4; acceptance row 71)
+
+LONG = " ".join(f"word{number % 300} and" for number in range(366)) + " end"  # 733 words
+
+
+def text_model(tokenizer, **fields):
+    torch.manual_seed(0)
+    config = EhrBertConfig.tiny(vocab_size=len(tokenizer), initializer_range=0.3, **fields)
+    return EhrBertForMaskedLM(config).train()
+
+
+def test_the_self_attention_of_every_head_over_a_note_of_735_tokens_is_heads_by_tokens_by_tokens():
+    tokenizer = words_of(LONG, max_length=1024)
+    model = text_model(tokenizer)
+    view = note_attention(model, tokenizer, LONG)
+    assert view.attention.shape == (4, 735, 735)
+    assert (view.layer, view.note_tokens, len(view.tokens)) == (2, 735, 735)
+    assert view.tokens[:3] + view.tokens[-2:] == ["[CLS]", "word0", "and", "end", "[SEP]"]
+    np.testing.assert_allclose(view.attention.sum(axis=-1), 1, atol=1e-5)
+    assert view.attention.std(axis=-1).min() > 1e-5
+    assert model.training
+    eager = text_model(tokenizer, attn_implementation="eager").eval()
+    with torch.no_grad():
+        layers = eager(**tokenizer(LONG, return_tensors="pt"), output_attentions=True).attentions
+    np.testing.assert_allclose(view.attention, layers[1][0], atol=1e-5)
+    np.testing.assert_allclose(note_attention(model, tokenizer, LONG, layer=1).attention, layers[0][0], atol=1e-5)
+    with pytest.raises(ValueError, match="`layer` must be from 1 to 2, got 3"):
+        note_attention(model, tokenizer, LONG, layer=3)
+
+
+def test_a_note_that_is_longer_than_the_model_reads_is_cut_to_its_beginning():
+    tokenizer = words_of(LONG, max_length=64)
+    view = note_attention(text_model(tokenizer, max_position_embeddings=40), tokenizer, LONG)
+    assert (view.attention.shape, view.note_tokens) == ((4, 40, 40), 735)
+    assert view.tokens[-3:] == ["word18", "and", "[SEP]"]
+    assert note_attention(text_model(tokenizer), tokenizer, LONG, max_length=9).attention.shape == (4, 9, 9)
+
+
+def test_the_map_of_a_note_draws_all_tokens_of_every_head_beside_words_that_can_be_read(tmp_path):
+    pytest.importorskip("matplotlib")
+    rng = np.random.default_rng(0)
+    attention = rng.random((5, 735, 735)).astype(np.float32)
+    attention /= attention.sum(axis=-1, keepdims=True)
+    tokens = [f"token{number}" for number in range(735)]
+    figure = note_attention_map(NoteAttention(tokens, attention, 12, 900), tmp_path / "note.png")
+    assert (tmp_path / "note.png").stat().st_size > 10_000
+    maps = [axes for axes in figure.axes if axes.images]
+    assert [axes.get_title() for axes in maps] == [f"Head {number}" for number in range(1, 6)]
+    for axes, weights in zip(maps, attention, strict=True):
+        np.testing.assert_array_equal(axes.images[0].get_array(), weights)
+        places = axes.get_yticks().astype(int).tolist()
+        labels = [label.get_text() for label in axes.get_yticklabels()]
+        assert labels == [f"token{place}" for place in places]
+        assert (len(places), places[0], places[-1]) == (32, 0, 734)
+    assert figure._suptitle.get_text() == "Self-attention, layer 12"
+    assert figure._supxlabel.get_text() == "The first 735 of 900 tokens."

@@ -7,8 +7,10 @@ import pytest
 
 from hf_ehr.evidence import Span
 from hf_ehr.highlight_page import highlight_page
+from hf_ehr.pipelines import ICDCodingPipeline, highlight_note
 
 from .browser import NARROW, WIDE, opened
+from .coders import pointing_coder, words_of
 
 NOTE = (
     "HPI: 71 y/o with 🫀 atrial fibrillation\nand chest pain.\n\n"
@@ -171,6 +173,28 @@ def test_evidence_far_down_a_long_note_is_brought_into_view(browser, tmp_path, s
         assert 0 <= top < bottom <= window
         assert left <= beside or bottom <= above, "the lists lie over the evidence"
     assert browser.run("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+
+
+def test_a_model_shows_in_the_page_where_in_the_note_its_codes_stand(browser, tmp_path):
+    tokenizer = words_of(NOTE)
+    words = {"ICD10CM/S72.002A": ["hip", "fracture"], "ICD10CM/I48.91": ["atrial", "fibrillation"], "other": ["心"]}
+    model = pointing_coder(tokenizer, words, thresholds={"other": 1.0}, auto_code_thresholds={"ICD10CM/I48.91": 0.5})
+    coder = ICDCodingPipeline(model=model, tokenizer=tokenizer, device="cpu")
+    highlight_note(coder, NOTE, tmp_path / "note.html", title="From a model", max_length=16)
+    browser.open(tmp_path / "note.html")
+    assert browser.texts("h1") == ["From a model"]
+    assert browser.run("document.getElementById('note').textContent") == NOTE
+    seen = {}
+    for index, name in enumerate(browser.texts(".code .value")):
+        browser.mouse(code(index), click=True)
+        seen[name] = ("".join(browser.texts("mark")), browser.texts(".code .decision")[index])
+    assert seen == {
+        "ICD10CM/S72.002A": ("Hip fracture", "review, 1 span"),
+        "ICD10CM/I48.91": ("atrial fibrillation", "auto-code, 1 span"),
+        "other": ("心", "ignore, 1 span"),
+    }
+    assert "Unspecified atrial fibrillation" in browser.texts(".code .name")
+    assert browser.complaints() == []
 
 
 def test_a_note_without_codes_and_an_empty_note_open(browser, tmp_path):

@@ -42,6 +42,7 @@ FLOORS = (
         "word_embeddings",
         "visualization",
         "attention_maps",
+        "_encoders",
         "_pages",
         "attention_page",
         "evidence",
