@@ -40,6 +40,7 @@ FLOORS = (
         "baselines",
         "code_embeddings",
         "word_embeddings",
+        "note_baselines",
         "visualization",
         "attention_maps",
         "_encoders",
