@@ -139,7 +139,7 @@ def test_arrow_files_hold_what_memory_does_in_chunks_of_any_size(small, tmp_path
     tokenizer = tokenizer_of(small)
     options = {"note_ids": ["n3", "n0", "n2", "n1"], "max_length": 32}
     memory = build_coding_examples(small, tokenizer, CODES, **options)
-    monkeypatch.setattr(note_datasets, "NOTES_PER_CHUNK", 1)
+    monkeypatch.setattr(note_datasets, "CHARACTERS_PER_CHUNK", 1)
     files = build_coding_examples(small, tokenizer, CODES, **options, cache_dir=tmp_path / "examples")
     assert files.to_list() == memory.to_list()
     assert files.features == memory.features

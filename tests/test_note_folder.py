@@ -269,6 +269,17 @@ def test_a_span_may_reach_the_end_of_a_text_that_is_not_ascii(tmp_path):
     tables["notes"] = tables["notes"].set_column(4, "text", pa.array([f"é{LONG}", *[LONG] * 5]))
     folder = prepare_notes("table", written(tables, tmp_path / "raw"), tmp_path / "out")
     assert folder.spans()["end"][0].as_py() == len(LONG) + 1
+    tables = with_column("spans", "end", [len(LONG) + 2, 3]) | {"notes": tables["notes"]}  # within its bytes
+    with pytest.raises(EhrDataError, match="Count characters"):
+        prepare_notes("table", written(tables, tmp_path / "more"), tmp_path / "bytes")
+
+
+@pytest.mark.parametrize("kinds", [["native", "imputed"], ["imputed", "native"]])
+def test_a_label_given_as_native_and_as_imputed_is_native(tmp_path, kinds):
+    tables = raw_tables()
+    tables["labels"] = table([("a", "ICD10CM/I10", kind) for kind in kinds], "note_id", "code", "provenance")
+    folder = prepare_notes("table", written(tables, tmp_path / "raw"), tmp_path / "out")
+    assert pairs(folder.labels()) == {("a", "ICD10CM/I10", "native")}
 
 
 def test_no_error_tells_a_value_of_a_patient(tmp_path):

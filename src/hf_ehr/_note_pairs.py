@@ -18,7 +18,7 @@ from .notes.corpus import segment_notes
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-CANDIDATES = 16
+CANDIDATES = 64
 """Windows of other patients among which the second half of a random pair is sought."""
 
 
@@ -94,7 +94,7 @@ class Windows(NamedTuple):
         tokens: (tokens,) ids.
         offsets: (windows + 1,) borders of the windows.
         subjects: (windows,) patients, those of one patient side by side.
-        breaks: Ascending places in ``tokens`` where a sentence or line starts; a window's first token is none.
+        breaks: Ascending places in ``tokens`` where a sentence or line starts.
     """
 
     tokens: np.ndarray
@@ -115,9 +115,8 @@ class Windows(NamedTuple):
         place = starts[own] + np.repeat(total_before(_characters(texts))[note], lengths)
         ends = total_before(_sentence_ends(texts))[place]
         offsets = total_before(lengths)
-        new = np.diff(ends, prepend=ends[:1]) > 0
-        new[offsets[:-1][lengths > 0]] = False
-        return cls(ids[own], offsets, notes["subject_id"].to_numpy()[note], np.flatnonzero(new))
+        breaks = np.flatnonzero(np.diff(ends, prepend=ends[:1]))
+        return cls(ids[own], offsets, notes["subject_id"].to_numpy()[note], breaks)
 
     def take(self, keep: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """First token, number of tokens and patient of some windows."""
