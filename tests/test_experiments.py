@@ -230,6 +230,8 @@ def test_table_4_has_the_papers_rows_and_tasks():
         ("model: Bag-of-codes LR", "model: Bag LR", "`model` of 'L2 LR'"),
         ("- [GRU, L2 LR]", "- [GRU, LR]", "`comparisons`"),
         ("sizes: [60, all]", "sizes: [60, most]", "`sizes`"),
+        ("draws: {60: 2, all: 1}", "draws: {60: 2}", "`draws`.*for 'all'"),
+        ("draws: {60: 2, all: 1}", "draws: 0", "`draws`"),
         ("name: GRU", "nme: GRU", "unknown fields"),
         ("pretrained_on: site A", "pretrained_on: site C", "`pretrained_on`"),
         ("title: Small", "", "incomplete"),

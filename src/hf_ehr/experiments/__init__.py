@@ -38,6 +38,7 @@ def report(spec: ReportSpec, arguments: ReportArguments) -> list[Path]:
     """
     work = Path(arguments.work)
     if arguments.draws is not None:
-        spec = replace(spec, draws=arguments.draws)
+        note = f"A first look with `--draws {arguments.draws}`, not the specification's number of draws."
+        spec = replace(spec, draws=arguments.draws, notes=(*spec.notes, note))
     failures = run_cells(spec, work, arguments.workers)
     return write(collect(spec, work, failures), Path(arguments.output))

@@ -13,12 +13,11 @@ from transformers import TrainingArguments
 from hf_ehr.code_embeddings import ppmi_svd, time_window_skipgram
 from hf_ehr.datasets import build_examples
 from hf_ehr.experiments.spec import DataSpec, PretrainSpec, digest
-from hf_ehr.models.modeling_medbert import MedBertForPreTraining
 from hf_ehr.models.tokenization_ehr import EhrCodeTokenizer
 from hf_ehr.prepare import SourceName, prepare
 from hf_ehr.schema import EhrDataError, atomic_folder
 from hf_ehr.training import DataArguments, PretrainArguments, pretrain, task_labels, task_name
-from hf_ehr.transfer import move_to_vocabulary
+from hf_ehr.transfer import TransferArguments, transfer
 from hf_ehr.version import __version__
 from hf_ehr.vocabulary import fit_tokenizer
 
@@ -118,11 +117,8 @@ def moved_folder(source: Cohort, target: Cohort, spec: PretrainSpec, seed: int) 
 
 def move_checkpoint(source: Cohort, target: Cohort, spec: PretrainSpec, seed: int) -> None:
     """Gives a checkpoint of ``source`` the vocabulary of ``target``; what was kept is in its ``transfer.json``."""
-    model = MedBertForPreTraining.from_pretrained(checkpoint_folder(source, spec, seed))
-    moved, report = move_to_vocabulary(model, source.tokenizer(), target.tokenizer(), seed=seed)
-    with atomic_folder(moved_folder(source, target, spec, seed)) as temporary:
-        moved.save_pretrained(temporary)
-        (temporary / "transfer.json").write_text(json.dumps(report.as_dict(), indent=2))
+    checkpoint, folder = checkpoint_folder(source, spec, seed), moved_folder(source, target, spec, seed)
+    transfer(TransferArguments(str(checkpoint), str(target.folder / "tokenizer"), str(folder), seed=seed))
 
 
 def embeddings_folder(cohort: Cohort, init: str, dim: int, seed: int) -> Path:

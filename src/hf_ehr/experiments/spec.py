@@ -53,7 +53,9 @@ class DataSpec:
 
     def __post_init__(self) -> None:
         if (self.source is None) == (self.folder is None):
-            raise EhrDataError(f"`datasets` {self.name!r} must name either a `source` or a prepared `folder`.")
+            raise EhrDataError(
+                f"`datasets` {self.name!r} must name either a `source` or a prepared `folder`. Set one of the two."
+            )
 
 
 @dataclass(frozen=True)
@@ -87,9 +89,13 @@ class RowSpec:
         _one_of("head", self.head, HEADS, self.name)
         _one_of("init", self.init, INITS, self.name)
         if self.model == "rnn" and (self.head == "ffn" or self.init == "pretrained"):
-            raise EhrDataError(f"Row {self.name!r}: an `rnn` takes a recurrent `head` and no `pretrained` init.")
+            raise EhrDataError(
+                f"Row {self.name!r}: an `rnn` takes a recurrent `head` and no `pretrained` init. Change it."
+            )
         if self.model == "medbert" and self.init not in ("random", "pretrained"):
-            raise EhrDataError(f"Row {self.name!r}: `medbert` starts `random` or `pretrained`, got {self.init!r}.")
+            raise EhrDataError(
+                f"Row {self.name!r}: `medbert` starts `random` or `pretrained`, got {self.init!r}. Change it."
+            )
 
     @property
     def neural(self) -> bool:
@@ -153,7 +159,7 @@ class ReportSpec:
     def __post_init__(self) -> None:
         names = [row.name for row in self.rows]
         if len(set(names)) < len(names) or not names:
-            raise EhrDataError(f"`rows` must have distinct names, got {names}.")
+            raise EhrDataError(f"`rows` must have distinct names, got {names}. Rename or add rows.")
         for pair in self.comparisons:
             for name in pair:
                 _one_of("comparisons", name, names, self.name)
@@ -162,7 +168,12 @@ class ReportSpec:
                 _one_of("pretrained_on", row.pretrained_on, [data.name for data in self.datasets], row.name)
         for size in self.sizes:
             if size != ALL and (not isinstance(size, int) or size < 1):
-                raise EhrDataError(f"`sizes` must hold positive numbers or {ALL!r}, got {size!r}.")
+                raise EhrDataError(f"`sizes` must hold positive numbers or {ALL!r}, got {size!r}. Change it.")
+            draws = self.draws if isinstance(self.draws, int) else self.draws.get(size)
+            if not isinstance(draws, int) or draws < 1:
+                raise EhrDataError(
+                    f"`draws` must be a positive number for each of `sizes`, got {draws!r} for {size!r}. Add it."
+                )
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> ReportSpec:
