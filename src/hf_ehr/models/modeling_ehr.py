@@ -290,6 +290,13 @@ class EhrPredictionHead(nn.Module):
         """Summed cross-entropy of `targets` (rows,) or (rows, k) given `states` (rows, hidden); -100 is no target."""
         return linear_cross_entropy(self.transform(states), self.decoder.weight, self.decoder.bias, targets)
 
+    def masked_loss(self, states, labels, num_items=None) -> torch.Tensor:
+        """Cross-entropy over the masked rows of states (rows, length, hidden); the mean when there is no count."""
+        rows = (labels.flatten() != -100).nonzero().squeeze(1)
+        targets = labels.flatten()[rows]
+        loss = self.loss(states.flatten(0, 1).index_select(0, rows), targets)
+        return loss / (max(len(targets), 1) if num_items is None else num_items)
+
 
 LOGIT_BUDGET = 2**24
 """Scores held at once by `linear_cross_entropy` (64 MiB in fp32), whatever the vocabulary or the batch."""

@@ -166,14 +166,6 @@ class EhrBertModel(EhrBertPreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=pooled)
 
 
-def _masked_lm_loss(head: EhrPredictionHead, states, labels, num_items=None) -> torch.Tensor:
-    """Cross-entropy over the masked rows of states (rows, length, hidden); the mean when there is no count."""
-    rows = (labels.flatten() != -100).nonzero().squeeze(1)
-    targets = labels.flatten()[rows]
-    loss = head.loss(states.flatten(0, 1).index_select(0, rows), targets)
-    return loss / (max(len(targets), 1) if num_items is None else num_items)
-
-
 class _TokenDecoderMixin:
     """What the pre-training classes share: the token decoder."""
 
@@ -226,7 +218,7 @@ class EhrBertForMaskedLM(_TokenDecoderMixin, EhrBertPreTrainedModel):
             input_ids, attention_mask, token_type_ids, cu_seqlens, max_seqlen, inputs_embeds, **kwargs
         )
         states = outputs.last_hidden_state
-        loss = None if labels is None else _masked_lm_loss(self.head, states, labels, num_items_in_batch)
+        loss = None if labels is None else self.head.masked_loss(states, labels, num_items_in_batch)
         with_logits = labels is None if return_logits is None else return_logits
         return MaskedLMOutput(
             loss=loss,
@@ -278,7 +270,7 @@ class EhrBertForPreTraining(_TokenDecoderMixin, EhrBertPreTrainedModel):
         states, pair_logits = outputs.last_hidden_state, self.next_sentence(outputs.pooler_output)
         losses = {}
         if labels is not None:
-            losses["mlm_loss"] = _masked_lm_loss(self.head, states, labels)
+            losses["mlm_loss"] = self.head.masked_loss(states, labels)
         if next_sentence_label is not None:
             losses["next_sentence_loss"] = nn.functional.cross_entropy(pair_logits.float(), next_sentence_label)
         with_logits = labels is None if return_logits is None else return_logits

@@ -230,7 +230,7 @@ class MedBertForMaskedLM(MedBertPreTrainedModel):
             input_ids, attention_mask, visit_ids, serial_ids, cu_seqlens, max_seqlen, inputs_embeds, age_ids, **kwargs
         )
         states = outputs.last_hidden_state
-        loss = None if labels is None else _masked_lm_loss(self.head, states, labels, num_items_in_batch)
+        loss = None if labels is None else self.head.masked_loss(states, labels, num_items_in_batch)
         with_logits = labels is None if return_logits is None else return_logits
         return MaskedLMOutput(
             loss=loss,
@@ -238,14 +238,6 @@ class MedBertForMaskedLM(MedBertPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-
-def _masked_lm_loss(head: EhrPredictionHead, states, labels, num_items=None) -> torch.Tensor:
-    """Cross-entropy over the masked rows of states (batch, sequence, hidden); the mean when there is no count."""
-    rows = (labels.flatten() != -100).nonzero().squeeze(1)
-    targets = labels.flatten()[rows]
-    loss = head.loss(states.flatten(0, 1).index_select(0, rows), targets)
-    return loss / (max(len(targets), 1) if num_items is None else num_items)
 
 
 class MedBertForPreTraining(MedBertPreTrainedModel):
@@ -320,7 +312,7 @@ class MedBertForPreTraining(MedBertPreTrainedModel):
         """Mean cross-entropy over the hidden codes of the batch."""
         if self.config.objective == "masked_set":
             return self.head.loss(states, labels) / (labels != -100).sum().clamp(min=1)
-        return _masked_lm_loss(self.head, states, labels)
+        return self.head.masked_loss(states, labels)
 
     def _total(self, mlm_loss, stay_loss):
         """`mlm_loss + stay_loss_weight * stay_loss`, of those that are there."""
