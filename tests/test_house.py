@@ -57,6 +57,7 @@ FLOORS = (
         "evidence_report",
         "pipelines",
         "training",
+        "label_embeddings",
         "evaluation",
         "quickstart",
         "transfer",

@@ -127,13 +127,20 @@ class LabelAttentionHead(nn.Module):
         keys, _, mask = self._inputs(tokens)
         return _weights(keys, mask, self.label_vectors[labels] * self.scale) * (mask == 0)[:, None]
 
+    def keys(self, states: torch.Tensor) -> torch.Tensor:
+        """What label vectors meet, (…, hidden) → (…, hidden or `label_key_size`)."""
+        return self._project(self.norm(states))
+
+    def _project(self, states: torch.Tensor) -> torch.Tensor:
+        return states if self.key is None else torch.tanh(self.key(states))
+
     def _inputs(self, tokens: UnitTokens) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Keys and values (units, width, …), and what hides padding, (units, width), in the precision of the step."""
         steps = tokens.steps
         states = self.norm(steps.states)
         device = states.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
-        keys = states if self.key is None else torch.tanh(self.key(states))
+        keys = self._project(states)
         values = states if self.layers is None else nn.functional.linear(states, self.layers[0].weight)
         # Half of the least number: a score added to it stays finite, and a unit without tokens gets no NaN.
         hidden = torch.finfo(dtype).min / 2

@@ -48,14 +48,19 @@ class DataArguments:
 
     def manifest(self, splits: Mapping[str, np.ndarray]) -> SplitManifest:
         """The splits as hashes, salted with a secret that stays in the prepared folder."""
-        salt = Path(self.data) / "split_salt"
-        if not salt.is_file():
-            mine = salt.with_name(f".split_salt.{os.getpid()}")
-            mine.write_text(secrets.token_hex(16))
-            with suppress(FileExistsError):  # another rank was first: all take its salt
-                os.link(mine, salt)
-            mine.unlink()
-        return SplitManifest.of(DatasetInfo.load(self.data).source, splits, salt=salt.read_text())
+        return salted_manifest(Path(self.data), splits)
+
+
+def salted_manifest(folder: Path, splits: Mapping[str, np.ndarray]) -> SplitManifest:
+    """The patients of each split as hashes; the salt is made once and stays in the prepared folder."""
+    salt = folder / "split_salt"
+    if not salt.is_file():
+        mine = salt.with_name(f".split_salt.{os.getpid()}")
+        mine.write_text(secrets.token_hex(16))
+        with suppress(FileExistsError):  # another rank was first: all take its salt
+            os.link(mine, salt)
+        mine.unlink()
+    return SplitManifest.of(DatasetInfo.load(folder).source, splits, salt=salt.read_text())
 
 
 def run_arguments(training: TrainingArguments, **changes: Any) -> TrainingArguments:
@@ -86,6 +91,13 @@ def batches(examples: datasets.Dataset, collate, masked: bool = False) -> Iterat
     bins = np.cumsum(flat.lengths[order]) // PREDICT_TOKENS
     for index, rows in enumerate(np.split(order, np.flatnonzero(np.diff(bins)) + 1)):
         yield rows, Batch(collate([flat.gather(rows, key=(0, index) if masked else None)]))
+
+
+def log_frequency(ids: np.ndarray, tokenizer: Any) -> np.ndarray:
+    """Smoothed log frequency of each token, (vocab,) float32; special tokens, never a target, do not count."""
+    counts = np.bincount(ids, minlength=len(tokenizer)) + 0.5
+    counts[tokenizer.all_special_ids] = 0.5
+    return np.log(counts / counts.sum()).astype(np.float32)
 
 
 def last_checkpoint(training: TrainingArguments) -> str | None:

@@ -24,6 +24,7 @@ from hf_ehr.training._runs import (
     batches,
     last_checkpoint,
     leave_no_patients,
+    log_frequency,
     output_of,
     run_arguments,
     write_json,
@@ -159,9 +160,6 @@ def _masking(objective: str, options: PretrainArguments, tokenizer: EhrCodeToken
 
 
 def _log_unigram(examples: datasets.Dataset, tokenizer: EhrCodeTokenizer) -> np.ndarray:
-    """Smoothed log frequency of each code, (vocab,) float32; special tokens, never a target, do not count."""
+    """Smoothed log frequency of each code, (vocab,) float32."""
     flat = FlatExamples(examples)
-    codes = flat.gather(np.arange(len(flat))).streams["input_ids"]
-    counts = np.bincount(codes, minlength=len(tokenizer)) + 0.5
-    counts[tokenizer.all_special_ids] = 0.5
-    return np.log(counts / counts.sum()).astype(np.float32)
+    return log_frequency(flat.gather(np.arange(len(flat))).streams["input_ids"], tokenizer)
