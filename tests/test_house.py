@@ -19,6 +19,7 @@ from transformers.dynamic_module_utils import get_relative_imports
 
 import hf_ehr
 from hf_ehr.cli.main import COMMANDS
+from tests.coders import random_coder, words_of
 
 ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src"
@@ -342,11 +343,15 @@ def test_the_python_code_in_the_readme_runs(tmp_path, monkeypatch):
     config = hf_ehr.MedBertConfig.tiny(vocab_size=len(tokenizer), num_labels=2)
     hf_ehr.MedBertForSequenceClassification(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    words = words_of("Known asthma. Hip fracture on the left.")
+    random_coder(words, "ICD10CM/J45.909", "ICD10CM/S72.002A").save_pretrained(tmp_path / "coder")
+    words.save_pretrained(tmp_path / "coder")
     monkeypatch.chdir(tmp_path)
-    (block,) = code_blocks("README.md", "python")
     names: dict = {}
-    exec(compile(block, "README.md", "exec"), names)
+    for block in code_blocks("README.md", "python"):
+        exec(compile(block, "README.md", "exec"), names)
     assert 0 < names["risk"] < 1
+    assert names["code"]["spans"]
 
 
 # One fact, one place

@@ -86,6 +86,15 @@ def test_the_report_counts_what_the_ontology_knows(tokenizer):
     assert (report.labels, report.described, report.from_ancestor, report.random) == (3, 1, 1, 1)
 
 
+def test_a_model_that_carries_descriptions_is_started_from_them(tokenizer):
+    carried, passed = coder(tokenizer), coder(tokenizer)
+    carried.config.label_descriptions = {"LOCAL/42": "heart failure"}
+    report = init_label_embeddings(carried, tokenizer)
+    assert report.random == 0
+    init_label_embeddings(passed, tokenizer, descriptions={"LOCAL/42": "heart failure"})
+    torch.testing.assert_close(carried.label_embeddings[3], passed.label_embeddings[3])
+
+
 def test_random_changes_nothing(tokenizer):
     model = coder(tokenizer)
     before = model.label_embeddings.detach().clone()

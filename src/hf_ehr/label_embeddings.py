@@ -80,7 +80,8 @@ def init_label_embeddings(
         method: ``final_layer``: contextual states of the last layer (the paper's; it does not name the layer).
             ``word_embeddings``: token embeddings. ``parent_sum``: ``final_layer`` summed over the code and its named
             ancestors, over their number, so that siblings start near each other. ``random``: nothing is changed.
-        descriptions: Label name → text; by default :func:`label_descriptions` of `config.id2label`.
+        descriptions: Label name → text; by default `config.label_descriptions` and, for the others,
+            :func:`label_descriptions`.
 
     Raises:
         ValueError: ``method`` is not known, or the model has no label vectors.
@@ -91,24 +92,37 @@ def init_label_embeddings(
     vectors = model.label_embeddings.detach().clone()
     if method == "random":
         return LabelInitReport(len(labels), 0, 0, len(labels))
-    texts = label_descriptions(labels) if descriptions is None else [descriptions.get(label) for label in labels]
-    names = _names(labels)
-    own = texts if descriptions is not None else [names[label] for label in labels]
+    texts, own = _texts(labels, descriptions, model.config.label_descriptions or {})
     sources: list[list[str]] = [[text] if text else [] for text in texts]
     if method == "parent_sum":
-        lines = [_line(label) for label in labels]
-        names = _names([code for line in lines for code in line])
-        above = [[name for code in line[1:] if (name := names[code])] for line in lines]
-        sources = [list(dict.fromkeys([*mine, *others])) for mine, others in zip(sources, above, strict=True)]
+        sources = [list(dict.fromkeys(mine + above)) for mine, above in zip(sources, _above(labels), strict=True)]
     encoded = _encode(model, tokenizer, sorted({text for row in sources for text in row}), method == "word_embeddings")
     known = [[encoded[text] for text in row if text in encoded] for row in sources]
     for index, row in enumerate(known):
         if row:
             vectors[index] = torch.stack(row).mean(0)
     model.set_label_embeddings(vectors)
-    described = sum(bool(row) and bool(name) for row, name in zip(known, own, strict=True))
+    described = sum(bool(row) and mine for row, mine in zip(known, own, strict=True))
     found = sum(map(bool, known))
     return LabelInitReport(len(labels), described, found - described, len(labels) - found)
+
+
+def _texts(
+    labels: Sequence[str], descriptions: Mapping[str, str] | None, of_the_model: Mapping[str, str]
+) -> tuple[list[str | None], list[bool]]:
+    """The text of each label, and whether it is its own and not an ancestor's."""
+    if descriptions is not None:
+        return [descriptions.get(label) for label in labels], [True] * len(labels)
+    names, public = _names(labels), label_descriptions(labels)
+    texts = [of_the_model.get(label, text) for label, text in zip(labels, public, strict=True)]
+    return texts, [label in of_the_model or names[label] is not None for label in labels]
+
+
+def _above(labels: Sequence[str]) -> list[list[str]]:
+    """The names of all named ancestors of each label."""
+    lines = [_line(label)[1:] for label in labels]
+    names = _names([code for line in lines for code in line])
+    return [[name for code in line if (name := names[code])] for line in lines]
 
 
 def _line(code: str) -> list[str]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import pyarrow.parquet as pq
 import torch
-from transformers import AutoModel, AutoTokenizer, HfArgumentParser, TrainingArguments
+from transformers import AutoModel, AutoTokenizer, TrainingArguments
 
 from hf_ehr import convert as convert_run
 from hf_ehr import evaluation, experiments, training
@@ -17,13 +16,16 @@ from hf_ehr import quickstart as quickstart_run
 from hf_ehr import transfer as transfer_run
 from hf_ehr.attention_maps import attention_map, attention_of
 from hf_ehr.attention_page import attention_page
+from hf_ehr.cli import note_commands
+from hf_ehr.cli._arguments import json_option, model_of, parse, positional
+from hf_ehr.cli.note_commands import fit_text_tokenizer, highlight, prepare_notes
 from hf_ehr.prepare import SourceName, format_summary
 from hf_ehr.prepare import prepare as prepare_data
 from hf_ehr.schema import shard_paths
 from hf_ehr.vocabulary import coverage
 from hf_ehr.vocabulary import fit_tokenizer as fit
 
-MODELS = ("medbert",)
+MODELS = ("medbert", "ehrbert")
 PRETRAIN_DEFAULTS = {  # section "Pretraining" of the Med-BERT paper, but for steps and warm-up that fit any data
     "learning_rate": 5e-5, "weight_decay": 0.01, "adam_epsilon": 1e-6, "warmup_steps": 0.1, "num_train_epochs": 10.0,
     "logging_steps": 50, "save_total_limit": 2,
@@ -75,11 +77,11 @@ class AttentionArguments:
 def prepare(words: list[str]) -> None:
     """``hf-ehr prepare SOURCE --input DIR --output DIR``."""
     example = "hf-ehr prepare mimic4 --input mimic-iv/ --output data/"
-    source, words = _positional(words, "SOURCE", example)
-    (arguments,) = _parse("prepare SOURCE", example, words, PrepareArguments)
+    source, words = positional(words, "SOURCE", example)
+    (arguments,) = parse("prepare SOURCE", example, words, PrepareArguments)
     info = prepare_data(
         cast(SourceName, source), arguments.input, arguments.output, engine=cast(Any, arguments.engine),
-        shards=arguments.shards, workers=arguments.workers, options=_json(arguments.options, "options"),
+        shards=arguments.shards, workers=arguments.workers, options=json_option(arguments.options, "options"),
     )  # fmt: skip
     print(format_summary(info))
     print(f"\nNext: hf-ehr pretrain medbert --data {arguments.output} --output_dir model/")
@@ -88,7 +90,7 @@ def prepare(words: list[str]) -> None:
 def fit_tokenizer(words: list[str]) -> None:
     """``hf-ehr fit-tokenizer --data DIR --output DIR``."""
     example = "hf-ehr fit-tokenizer --data data/ --output tokenizer/"
-    data, arguments = _parse("fit-tokenizer", example, words, training.DataArguments, TokenizerArguments)
+    data, arguments = parse("fit-tokenizer", example, words, training.DataArguments, TokenizerArguments)
     splits = data.splits()
     tokenizer = fit(
         data.data, subject_ids=splits["train"], kinds=tuple(arguments.kinds), min_count=arguments.min_count,
@@ -101,11 +103,13 @@ def fit_tokenizer(words: list[str]) -> None:
 
 
 def pretrain(words: list[str]) -> None:
-    """``hf-ehr pretrain medbert --data DIR --output_dir DIR``."""
+    """``hf-ehr pretrain MODEL --data DIR --output_dir DIR``; what follows MODEL depends on it."""
     example = "hf-ehr pretrain medbert --data data/ --output_dir model/ --preset tiny --learning_rate 3e-3"
-    words = _model(words, example)
+    model, words = model_of(words, MODELS, example)
+    if model == "ehrbert":
+        return note_commands.pretrain_ehrbert(words)
     kinds = (training.DataArguments, training.PretrainArguments, TrainingArguments)
-    data, options, arguments = _parse("pretrain medbert", example, words, *kinds, defaults=PRETRAIN_DEFAULTS)
+    data, options, arguments = parse("pretrain medbert", example, words, *kinds, defaults=PRETRAIN_DEFAULTS)
     figures = training.pretrain(data, options, arguments)
     if arguments.process_index == 0:
         gain = figures["unigram_loss"] - figures["code_loss"]
@@ -119,11 +123,13 @@ def pretrain(words: list[str]) -> None:
 
 
 def finetune(words: list[str]) -> None:
-    """``hf-ehr finetune medbert --data DIR --model DIR --task NAME --output_dir DIR``."""
+    """``hf-ehr finetune MODEL --data DIR --model DIR --output_dir DIR``; what follows MODEL depends on it."""
     example = "hf-ehr finetune medbert --data data/ --model model/ --task readmission_30d --output_dir classifier/"
-    words = _model(words, example)
+    model, words = model_of(words, MODELS, example)
+    if model == "ehrbert":
+        return note_commands.finetune_ehrbert(words)
     kinds = (training.DataArguments, training.FinetuneArguments, TrainingArguments)
-    data, options, arguments = _parse("finetune medbert", example, words, *kinds, defaults=FINETUNE_DEFAULTS)
+    data, options, arguments = parse("finetune medbert", example, words, *kinds, defaults=FINETUNE_DEFAULTS)
     folder = training.finetune(data, options, arguments)
     if arguments.process_index == 0:
         print(f"Next: hf-ehr evaluate --model {folder} --output {folder}/evaluation")
@@ -132,15 +138,15 @@ def finetune(words: list[str]) -> None:
 def evaluate(words: list[str]) -> None:
     """``hf-ehr evaluate --model DIR --output DIR``."""
     example = "hf-ehr evaluate --model classifier/ --output classifier/evaluation"
-    (arguments,) = _parse("evaluate", example, words, evaluation.EvaluateArguments)
+    (arguments,) = parse("evaluate", example, words, evaluation.EvaluateArguments)
     print(evaluation.evaluate(arguments).read_text())
 
 
 def report(words: list[str]) -> None:
     """``hf-ehr report SPEC``."""
     example = "hf-ehr report medbert_table4 --output reports/"
-    name, words = _positional(words, "SPEC", example)
-    (arguments,) = _parse("report SPEC", example, words, experiments.ReportArguments)
+    name, words = positional(words, "SPEC", example)
+    (arguments,) = parse("report SPEC", example, words, experiments.ReportArguments)
     paths = experiments.report(experiments.ReportSpec.from_yaml(name), arguments)
     print(paths[0].read_text())
     print("Written: " + ", ".join(map(str, paths)))
@@ -149,22 +155,22 @@ def report(words: list[str]) -> None:
 def transfer(words: list[str]) -> None:
     """``hf-ehr transfer --model DIR --tokenizer DIR --output DIR``."""
     example = "hf-ehr transfer --model site-a/ --tokenizer site-b-tokenizer/ --output site-b-start/"
-    (arguments,) = _parse("transfer", example, words, transfer_run.TransferArguments)
+    (arguments,) = parse("transfer", example, words, transfer_run.TransferArguments)
     print(transfer_run.transfer(arguments))
 
 
 def convert(words: list[str]) -> None:
     """``hf-ehr convert medbert --checkpoint FILE --vocabulary FILE --output DIR``."""
     example = "hf-ehr convert medbert --checkpoint weights.safetensors --vocabulary types.json --output model/"
-    words = _model(words, example)
-    (arguments,) = _parse("convert medbert", example, words, convert_run.ConvertArguments)
+    _, words = model_of(words, ("medbert",), example)
+    (arguments,) = parse("convert medbert", example, words, convert_run.ConvertArguments)
     print(convert_run.convert(arguments))
 
 
 def attention(words: list[str]) -> None:
     """``hf-ehr attention --model DIR --data DIR --output DIR``."""
     example = "hf-ehr attention --model classifier/ --data data/ --output attention/"
-    (arguments,) = _parse("attention", example, words, AttentionArguments)
+    (arguments,) = parse("attention", example, words, AttentionArguments)
     model = AutoModel.from_pretrained(arguments.model)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     view = attention_of(model, tokenizer, _record(arguments.data, arguments.row))
@@ -187,7 +193,7 @@ def _record(data: str, row: int) -> dict:
 def quickstart(words: list[str]) -> None:
     """``hf-ehr quickstart --output DIR``."""
     example = "hf-ehr quickstart --output quickstart-output"
-    (arguments,) = _parse("quickstart", example, words, quickstart_run.QuickstartArguments)
+    (arguments,) = parse("quickstart", example, words, quickstart_run.QuickstartArguments)
     quickstart_run.quickstart(arguments)
 
 
@@ -197,36 +203,7 @@ def leave_ranks() -> None:
         torch.distributed.destroy_process_group()
 
 
-def _parse(command: str, example: str, words: list[str], *kinds: Any, defaults: dict | None = None) -> tuple:
-    parser = HfArgumentParser(kinds, prog=f"hf-ehr {command}", epilog=f"example: {example}")
-    parser.set_defaults(**(defaults or {}))
-    return parser.parse_args_into_dataclasses(words)
-
-
-def _positional(words: list[str], name: str, example: str) -> tuple[str, list[str]]:
-    """The first word, unless help is asked for."""
-    if words and not words[0].startswith("-"):
-        return words[0], words[1:]
-    if "-h" in words or "--help" in words:
-        return "", words
-    raise ValueError(f"{name} is missing. Example: {example}")
-
-
-def _model(words: list[str], example: str) -> list[str]:
-    model, rest = _positional(words, "MODEL", example)
-    if model and model not in MODELS:
-        raise ValueError(f"MODEL must be one of {', '.join(MODELS)}, got {model!r}. Example: {example}")
-    return rest
-
-
-def _json(text: str, name: str) -> dict:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"`{name}` must be a JSON object, got {text!r}: {error}.") from error
-
-
 __all__ = [
-    "Path", "attention", "convert", "evaluate", "finetune", "fit_tokenizer", "leave_ranks", "prepare", "pretrain",
-    "quickstart", "report", "transfer",
+    "Path", "attention", "convert", "evaluate", "finetune", "fit_text_tokenizer", "fit_tokenizer",
+    "highlight", "leave_ranks", "prepare", "prepare_notes", "pretrain", "quickstart", "report", "transfer",
 ]  # fmt: skip

@@ -11,9 +11,12 @@ from hf_ehr.version import __version__
 COMMANDS = {
     "prepare": "raw tables → events and records, one folder that everything else reads",
     "fit-tokenizer": "vocabulary of the training patients → tokenizer folder",
-    "pretrain": "records → pre-trained model folder",
-    "finetune": "pre-trained model + task → classifier folder",
+    "prepare-notes": "raw notes and their codes → one folder of notes",
+    "fit-text-tokenizer": "vocabulary of the training notes → tokenizer folder",
+    "pretrain": "records or notes → pre-trained model folder",
+    "finetune": "pre-trained model + task or codes of notes → classifier or coder folder",
     "evaluate": "classifier folder → table with intervals and baselines, calibration plot, model card",
+    "highlight": "coder folder + one note → its codes and what they rest on, as an HTML page",
     "report": "YAML file of rows × tasks × sizes → table, figures and comparisons of a whole experiment",
     "transfer": "checkpoint + another tokenizer → checkpoint with that vocabulary",
     "attention": "checkpoint + one patient → attention figure and HTML page",
@@ -65,7 +68,7 @@ def run(command: str, words: list[str]) -> int:
 
 def usage() -> str:
     """What `hf-ehr --help` prints."""
-    lines = [f"  {name:14} {what}" for name, what in COMMANDS.items()]
+    lines = [f"  {name:18} {what}" for name, what in COMMANDS.items()]
     return "\n".join(
         [
             "usage: hf-ehr COMMAND [ARGUMENTS]",

@@ -1,0 +1,40 @@
+"""How every command reads its arguments."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from transformers import HfArgumentParser
+
+
+def parse(command: str, example: str, words: list[str], *kinds: Any, defaults: dict | None = None) -> tuple:
+    """The dataclasses `kinds`, filled from the words behind a command."""
+    parser = HfArgumentParser(kinds, prog=f"hf-ehr {command}", epilog=f"example: {example}")
+    parser.set_defaults(**(defaults or {}))
+    return parser.parse_args_into_dataclasses(words)
+
+
+def positional(words: list[str], name: str, example: str) -> tuple[str, list[str]]:
+    """The first word, unless help is asked for."""
+    if words and not words[0].startswith("-"):
+        return words[0], words[1:]
+    if "-h" in words or "--help" in words:
+        return "", words
+    raise ValueError(f"{name} is missing. Example: {example}")
+
+
+def model_of(words: list[str], known: tuple[str, ...], example: str) -> tuple[str, list[str]]:
+    """The name of a model and the rest; the name is empty where help is asked for."""
+    model, rest = positional(words, "MODEL", example)
+    if model and model not in known:
+        raise ValueError(f"MODEL must be one of {', '.join(known)}, got {model!r}. Example: {example}")
+    return model, rest
+
+
+def json_option(text: str, name: str) -> dict:
+    """An option that is given as JSON."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`{name}` must be a JSON object, got {text!r}: {error}.") from error
