@@ -11,10 +11,10 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
+from _memory import peak_above
 from transformers import BertConfig, BertForMaskedLM
 
 from hf_ehr import MedBertConfig, MedBertForMaskedLM
@@ -152,16 +152,8 @@ def memory(variant: str, size: int) -> None:
     optimizer.zero_grad()
     codes = patients(size)
     labels = masked(codes, one=False)
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak reached so far
-    before = resident("VmRSS")
-    step(model, codes, labels).backward()
-    print(f"{variant}, {size} patients, memory of a step: {(resident('VmHWM') - before) / 2**20:.2f} GiB")
-
-
-def resident(field: str) -> int:
-    """Resident memory now (VmRSS) or at its peak (VmHWM), KiB."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1])
+    peak = peak_above(lambda: step(model, codes, labels).backward())
+    print(f"{variant}, {size} patients, memory of a step: {peak:.2f} GiB")
 
 
 def main() -> None:
