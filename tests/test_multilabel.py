@@ -17,6 +17,7 @@ from hf_ehr.code_thresholds import (
     threshold_for,
     tune_thresholds,
 )
+from hf_ehr.intervals import crossed_bootstrap
 from hf_ehr.metrics import best_f1_threshold, multilabel_metrics
 from hf_ehr.multilabel import (
     assignment_scores,
@@ -32,7 +33,7 @@ from hf_ehr.multilabel import (
     precision_at_k,
     trainer_code_metrics,
 )
-from hf_ehr.multilabel_intervals import _figures, multilabel_intervals
+from hf_ehr.multilabel_intervals import figures_of, multilabel_intervals
 from hf_ehr.multilabel_predictions import MultilabelPredictions, compressed, decompressed
 
 # Three documents, four labels; the last label never occurs.
@@ -423,12 +424,70 @@ def test_a_figure_of_weighted_documents_is_that_of_repeated_documents(levels):
     scores, targets = drawn(13, levels=levels)
     targets[:, 0] = 1  # no document is without it: it has no ranking
     weight = np.random.default_rng(0).integers(0, 3, len(scores))
-    figures = _figures(held(scores, targets, batch=17), 0.4, (3, 8))
-    for counts in (weight, np.ones_like(weight)):
+    weights = np.stack([weight, np.ones_like(weight)]).astype(float)
+    figures = figures_of(held(scores, targets, batch=17), 0.4, weights, (3, 8))
+    assert len(figures) >= 11
+    for place, counts in enumerate((weight, np.ones_like(weight))):
         expected = multilabel_scores(repeated(counts, scores, targets), thresholds=0.4, ks=(3, 8))
-        assert len(figures) >= 11
         for name, figure in figures.items():
-            assert figure(counts.astype(float)) == pytest.approx(expected[name], abs=1e-6), name
+            assert figure[place] == pytest.approx(expected[name], abs=1e-6), name
+
+
+def test_true_codes_in_small_chunks_give_the_same_figures(monkeypatch):
+    scores, targets = drawn(13, levels=6)
+    weights = np.random.default_rng(0).integers(0, 3, (4, len(scores))).astype(float)
+    whole = figures_of(held(scores, targets), 0.4, weights)
+    monkeypatch.setattr("hf_ehr.multilabel_intervals.CHUNK", 7 * len(scores))
+    parts = figures_of(held(scores, targets), 0.4, weights)
+    for name, figure in whole.items():
+        np.testing.assert_allclose(parts[name], figure, atol=1e-6, err_msg=name)
+
+
+def test_draws_are_averaged_and_resampled_beside_the_documents():
+    (scores, targets), noise = drawn(16), np.random.default_rng(1)
+    tables = [np.clip(scores + noise.normal(0, spread, scores.shape), 0, 1) for spread in (0.0, 0.3, 0.6)]
+    draws, limits = [held(table, targets) for table in tables], [0.3, 0.4, 0.5]
+    documents = np.arange(60) // 2
+    options = {"documents": documents, "n_resamples": 40, "metrics": ("map", "f1_micro", "auroc_macro")}
+    found = multilabel_intervals(draws, threshold=limits, **options)
+    alone = [multilabel_scores(one, thresholds=limit) for one, limit in zip(draws, limits, strict=True)]
+    assert list(found) == list(options["metrics"])
+    for name, interval in found.items():
+        assert interval.value == pytest.approx(np.mean([one[name] for one in alone]), abs=1e-6)
+    # The same resamples of documents × draws as for any other metric.
+    row = np.arange(60)
+
+    def mean_precision(y, draw, weight):
+        repeats = repeated(weight.astype(int), tables[int(draw[0])], targets)
+        return multilabel_scores(repeats)["map"]
+
+    which = np.repeat(np.arange(3), 60).reshape(3, 60)
+    expected = crossed_bootstrap(mean_precision, row, which, None, documents, n_resamples=40)
+    assert (found["map"].low, found["map"].high) == pytest.approx((expected.low, expected.high), abs=1e-9)
+    against = multilabel_intervals(draws, rival=draws[0], metrics=["map"], n_resamples=40)["map"]
+    assert against.value == pytest.approx(np.mean([one["map"] for one in alone]) - alone[0]["map"])
+    with pytest.raises(ValueError, match="as many draws"):
+        multilabel_intervals(draws, rival=draws[:2])
+    with pytest.raises(ValueError, match="one threshold for each of the 3 draws"):
+        multilabel_intervals(draws, threshold=0.5)
+    with pytest.raises(ValueError, match="`metrics` must be among"):
+        multilabel_intervals(draws, metrics=["f1_micro"])
+
+
+def test_codes_out_of_scope_count_as_missed():
+    # flagged: A B | A C | B with 3 hits of 5 true codes; two more true codes are no label.
+    found = multilabel_intervals(held(SCORES, TARGETS), threshold=0.5, out_of_scope=[0, 2, 0], n_resamples=5)
+    assert found["recall_all_codes"].value == pytest.approx(3 / (5 + 2))
+    assert found["f1_all_codes"].value == pytest.approx(2 * 3 / (5 + 5 + 2))
+    assert found["f1_micro"].value == pytest.approx(2 * 3 / (5 + 5))
+
+
+def test_a_group_of_labels_has_its_own_macro_area():
+    # A ranks its documents .9 .7 | .1, B .6 against .8 and .2
+    groups = {"two": [True, True, False, False], "none": [False, False, False, True]}
+    found = multilabel_intervals(held(SCORES, TARGETS), groups=groups, n_resamples=5)
+    assert found["auroc_macro (two)"].value == pytest.approx((1 + 1 / 2) / 2)
+    assert math.isnan(found["auroc_macro (none)"].value)
 
 
 def test_intervals_hold_the_figure_and_clusters_widen_them():

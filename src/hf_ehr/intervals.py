@@ -139,13 +139,28 @@ def crossed_bootstrap(
         return float(scores[0] - scores[1] if len(scores) == 2 else scores[0])
 
     value = figure(every_row, every_draw)
-    rng = np.random.default_rng(seed)
-    n_patients, resampled = int(members.max()) + 1, np.empty(n_resamples)
-    for i in range(n_resamples):
+    drawn = resamples(members, len(a), n_resamples, seed)
+    resampled = np.array([figure(weight, draws) for weight, draws in drawn])
+    return percentile_interval(value, resampled, level, difference=b is not None)
+
+
+def resamples(members: Array, n_draws: int, n_resamples: int, seed: int) -> Iterator[tuple[Array, Array]]:
+    """How often each row and each draw stands in each resample.
+
+    Args:
+        members: Number of each row's patient, from 0, ``(n,)``.
+        n_draws: Draws that are resampled beside the patients; one is always itself.
+        n_resamples: Number of resamples.
+        seed: Of the resampling.
+
+    Yields:
+        Weights of the rows ``(n,)`` float64, and of the draws ``(n_draws,)``.
+    """
+    rng, n_patients = np.random.default_rng(seed), int(members.max()) + 1
+    for _ in range(n_resamples):
         weight = np.bincount(rng.integers(n_patients, size=n_patients), minlength=n_patients)[members]
-        draws = np.bincount(rng.integers(len(a), size=len(a)), minlength=len(a)) if len(a) > 1 else every_draw
-        resampled[i] = figure(weight.astype(np.float64), draws)
-    return _interval(value, resampled, level, difference=b is not None)
+        draws = np.bincount(rng.integers(n_draws, size=n_draws), minlength=n_draws) if n_draws > 1 else np.ones(1)
+        yield weight.astype(np.float64), draws
 
 
 def holm(p_values: Sequence[float | None]) -> list[float]:
@@ -210,8 +225,15 @@ def _drawn(counts: Array) -> Iterator[tuple[int, float]]:
     return ((int(d), float(counts[d])) for d in np.flatnonzero(counts))
 
 
-def _interval(value: float, resampled: Array, level: float, *, difference: bool) -> Interval:
-    """The percentile interval of the resamples in which the metric was defined."""
+def percentile_interval(value: float, resampled: Array, level: float, *, difference: bool) -> Interval:
+    """The percentile interval of the resamples in which the metric was defined.
+
+    Args:
+        value: On the data as they are.
+        resampled: The metric in each resample, NaN where undefined, ``(resamples,)``.
+        level: Coverage.
+        difference: Whether a p-value of "no difference" belongs to it.
+    """
     defined = resampled[~np.isnan(resampled)]
     skipped = len(resampled) - len(defined)
     if not len(defined) or np.isnan(value):

@@ -1,12 +1,13 @@
 """Bootstrap intervals over documents for the figures of ``multilabel.py``, and for paired differences of two models.
 
-A resample is a vector of document weights, as in ``intervals.py``; every figure is written as a function of it. Meant
-for sets of some hundred or thousand documents: larger ones have narrow intervals, and this holds all scores at once.
+A resample is a vector of document weights, as in ``intervals.py``. Every figure is computed for all resamples at once,
+by matrix products of true codes × documents with documents × resamples; nothing is sorted again. Meant for sets of some
+hundred or thousand documents: larger ones have narrow intervals, and this holds all scores at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,157 +15,261 @@ from numpy.typing import ArrayLike
 from scipy import sparse
 
 from hf_ehr._scores import Array
-from hf_ehr.intervals import Interval, crossed_bootstrap
-from hf_ehr.metrics import auroc, average_precision
+from hf_ehr.intervals import Interval, percentile_interval, resamples
 from hf_ehr.multilabel import KS, document_precision, precision_at_k
 from hf_ehr.multilabel_predictions import MultilabelPredictions
 
-Figure = Callable[[Array], float]
-"""From document weights, ``(documents,)``, to a metric."""
-
-MAX_PAIRS = 200_000_000
-"""Pairs of a true code and a document that are compared for the macro ranking metrics; 2.4 GB."""
+Draws = MultilabelPredictions | Sequence[MultilabelPredictions]
+"""One set of predictions, or one a seed."""
+CHUNK = 8_000_000
+"""Elements of a matrix that is held at a time."""
 
 
 def multilabel_intervals(
-    predictions: MultilabelPredictions,
+    predictions: Draws,
     *,
-    threshold: ArrayLike | None = None,
-    rival: MultilabelPredictions | None = None,
-    rival_threshold: ArrayLike | None = None,
+    threshold: Any = None,
+    rival: Draws | None = None,
+    rival_threshold: Any = None,
     documents: ArrayLike | None = None,
     ks: Sequence[int] = KS,
+    metrics: Sequence[str] | None = None,
+    groups: Mapping[str, ArrayLike] | None = None,
+    out_of_scope: ArrayLike | None = None,
     n_resamples: int = 1000,
     seed: int = 0,
     level: float = 0.95,
 ) -> dict[str, Interval]:
     """Percentile intervals of the figures of :func:`hf_ehr.multilabel.multilabel_scores`, or of differences.
 
+    Of several draws (seeds) the figures are averaged, and draws are resampled beside the documents, as in
+    :func:`hf_ehr.intervals.crossed_bootstrap`.
+
     Args:
-        predictions: What was predicted.
-        threshold: One, or one a label; adds F1 and exact match.
+        predictions: What was predicted: of one model, or of its draws, all on the same documents.
+        threshold: One, or one a label; adds F1 and exact match. With draws: a list of one such threshold a draw.
         rival: Another model on the same documents and labels, in the same order; every figure then is
-            ``predictions`` minus ``rival``, both scored on the same resampled documents.
+            ``predictions`` minus ``rival``, both scored on the same resampled documents and draws. As many draws, or
+            one, which stands in all of them.
         rival_threshold: Of the rival; must be given where ``threshold`` is.
         documents: Cluster of each document (its patient), ``(documents,)``; each is its own by default.
         ks: Cut-offs of P@k.
+        metrics: Figures to compute; all by default.
+        groups: Name → labels, boolean ``(labels,)``: adds ``auroc_macro (name)`` over these labels alone.
+        out_of_scope: True codes of each document that are no label, ``(documents,)``: with ``threshold`` adds
+            ``recall_all_codes`` and ``f1_all_codes``, in which each of them counts as missed.
         n_resamples: Number of resamples.
         seed: Of the resampling.
         level: Coverage.
 
     Raises:
-        ValueError: There are no documents, the rival was scored on others, a threshold is missing, or the set is too
-            large.
+        ValueError: There are no documents, the draws or the rival were scored on others, numbers of draws do not fit,
+            a threshold is missing, or a metric is not known.
     """
-    n = predictions.n_documents
-    if not n:
+    ours = _draws(predictions)
+    if not ours or not ours[0].n_documents:
         raise ValueError("`predictions` must hold a document, got none. Call `add` with a batch first.")
-    models = [_figures(predictions, threshold, ks)]
+    models = [(ours, _thresholds(threshold, predictions))]
     if rival is not None:
-        if (rival.targets() != predictions.targets()).nnz if rival.n_documents == n else True:
-            raise ValueError("`rival` must hold the same documents with the same codes in the same order.")
         if (threshold is None) != (rival_threshold is None):
             raise ValueError("`threshold` and `rival_threshold` must be given together.")
-        models.append(_figures(rival, rival_threshold, ks))
-    clusters = np.arange(n) if documents is None else np.asarray(documents)
-    # The bootstrap hands its predictions to the metric: here they only say which model is meant.
-    which = [np.full((1, n), place) for place in range(len(models))]
+        models.append((_draws(rival), _thresholds(rival_threshold, rival)))
+    counts = [len(draws) for draws, _ in models]
+    n_draws, n = max(counts), ours[0].n_documents
+    if not set(counts) <= {1, n_draws}:
+        raise ValueError(f"`predictions` and `rival` must have as many draws, or one, got {counts}.")
+    _check_same(ours[0], [one for draws, _ in models for one in draws])
+    members = np.arange(n) if documents is None else np.unique(np.asarray(documents), return_inverse=True)[1]
+    weights, drawn = zip(*resamples(members, n_draws, n_resamples, seed), strict=True)
+    every = np.stack([np.ones(n), *weights])  # the documents as they are come first
+    options = (tuple(ks), metrics, groups or {}, out_of_scope)
+    figures = [
+        [figures_of(one, limit, every, *options) for one, limit in zip(draws, limits, strict=True)]
+        for draws, limits in models
+    ]
+    shares = np.stack([np.ones(n_draws), *drawn]).T / n_draws
+    return {name: _interval(name, figures, shares, level) for name in figures[0][0]}
 
-    def interval(name: str) -> Interval:
-        def figure(rows: Array, model: Array, weight: Array) -> float:
-            return models[int(model[0])][name](weight)
 
-        b = which[1] if rival is not None else None
-        options: dict[str, Any] = {"n_resamples": n_resamples, "seed": seed, "level": level}
-        return crossed_bootstrap(figure, np.arange(n), which[0], b, clusters, **options)
+def figures_of(
+    predictions: MultilabelPredictions,
+    threshold: ArrayLike | None,
+    weights: Array,
+    ks: Sequence[int] = KS,
+    metrics: Sequence[str] | None = None,
+    groups: Mapping[str, ArrayLike] | None = None,
+    out_of_scope: ArrayLike | None = None,
+) -> dict[str, Array]:
+    """Figures in which documents count as often as ``weights`` say.
 
-    return {name: interval(name) for name in models[0]}
+    Args:
+        predictions: Of one draw.
+        threshold: As in :func:`multilabel_intervals`, of this draw; as the rest.
+        weights: ``(resamples, documents)``.
+        ks: Cut-offs.
+        metrics: Figures to compute.
+        groups: Groups of labels.
+        out_of_scope: Codes that are no label.
+
+    Returns:
+        Name → ``(resamples,)``, NaN where undefined.
+
+    Raises:
+        ValueError: A metric is not known.
+    """
+    by_label = ["auroc_macro", *(f"auroc_macro ({name})" for name in groups or {}), "average_precision_macro"]
+    parts: list[tuple[list[str], Callable[[], dict[str, Array]]]] = [
+        (["auroc_micro", "average_precision_micro"], lambda: _micro(predictions, weights)),
+        (by_label, lambda: _macro(predictions, weights, groups or {})),
+        ([*(f"precision_at_{k}" for k in ks), "r_precision", "map"], lambda: _ranked(predictions, weights, ks)),
+    ]
+    if threshold is not None:
+        names = ["f1_micro", "f1_macro", "exact_match"]
+        names += [] if out_of_scope is None else ["recall_all_codes", "f1_all_codes"]
+        parts.append((names, lambda: _at(predictions, threshold, weights, out_of_scope)))
+    known = [name for names, _ in parts for name in names]
+    wanted = known if metrics is None else list(metrics)
+    if set(wanted) - set(known):
+        raise ValueError(f"`metrics` must be among {', '.join(known)}, got {sorted(set(wanted) - set(known))}.")
+    found = {name: v for names, part in parts if set(names) & set(wanted) for name, v in part().items()}
+    return {name: found[name] for name in wanted}
 
 
-def _figures(predictions: MultilabelPredictions, threshold: ArrayLike | None, ks: Sequence[int]) -> dict[str, Figure]:
+def _draws(predictions: Draws) -> list[MultilabelPredictions]:
+    return [predictions] if isinstance(predictions, MultilabelPredictions) else list(predictions)
+
+
+def _thresholds(threshold: Any, predictions: Draws) -> list[Any]:
+    """One a draw."""
+    count = len(_draws(predictions))
+    if threshold is None or isinstance(predictions, MultilabelPredictions):
+        return [threshold] * count
+    if np.ndim(threshold) == 0 or len(threshold) != count:
+        raise ValueError(f"`threshold` must be a list of one threshold for each of the {count} draws.")
+    return list(threshold)
+
+
+def _check_same(first: MultilabelPredictions, others: Sequence[MultilabelPredictions]) -> None:
+    targets = first.targets()
+    for other in others:
+        if other is not first and (
+            (other.n_documents, other.n_labels) != targets.shape or (other.targets() != targets).nnz
+        ):
+            raise ValueError("`rival` and all draws must hold the same documents with the same codes in one order.")
+
+
+def _interval(name: str, models: list[list[dict[str, Array]]], shares: Array, level: float) -> Interval:
+    """The figure over the draws in each resample, the first of which is the data; ``shares`` (draws, resamples)."""
+    averages = []
+    for draws in models:
+        values = np.broadcast_to(np.stack([figures[name] for figures in draws]), shares.shape)
+        averages.append(np.where(shares > 0, shares * values, 0).sum(axis=0))
+    figure = averages[0] - averages[1] if len(averages) == 2 else averages[0]
+    return percentile_interval(float(figure[0]), figure[1:], level, difference=len(averages) == 2)
+
+
+def _mean(values: Array, weights: Array) -> Array:
+    """Over the documents where ``values`` (documents,) is defined."""
+    defined = ~np.isnan(values)
+    return _ratio(weights @ np.nan_to_num(values), weights @ defined)
+
+
+def _ratio(part: Array, whole: Array) -> Array:
+    return np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=whole > 0)
+
+
+def _ranked(predictions: MultilabelPredictions, weights: Array, ks: Sequence[int]) -> dict[str, Array]:
+    """Means of what ranks the labels within a document."""
     cells, n = predictions.cells, predictions.n_documents
     present = np.bincount(cells.documents, minlength=n)
-    r_precision = precision_at_k(cells, n, present)
-    figures = _micro(predictions) | _macro(predictions)
-    figures |= {f"precision_at_{k}": _weighted_mean(precision_at_k(cells, n, k)) for k in ks}
-    figures |= {"r_precision": _weighted_mean(r_precision), "map": _weighted_mean(document_precision(cells, n))}
-    return figures if threshold is None else figures | _at(predictions, threshold)
+    figures = {f"precision_at_{k}": _mean(precision_at_k(cells, n, k), weights) for k in ks}
+    figures["r_precision"] = _mean(precision_at_k(cells, n, present), weights)
+    return figures | {"map": _mean(document_precision(cells, n), weights)}
 
 
-def _weighted_mean(values: Array) -> Figure:
-    """Over the documents where ``values`` is defined."""
-    defined, filled = ~np.isnan(values), np.nan_to_num(values)
-
-    def mean(weight: Array) -> float:
-        total = weight @ defined
-        return float(weight @ filled / total) if total else float("nan")
-
-    return mean
+def _chunks(cells: int, weights: Array) -> Iterator[slice]:
+    """Stretches of true codes whose matrices are small."""
+    step = max(1, CHUNK // max(weights.shape))
+    return (slice(start, start + step) for start in range(0, cells, step))
 
 
-def _micro(predictions: MultilabelPredictions) -> dict[str, Figure]:
-    """Of all cells pooled, sorted once."""
-    scores = predictions.dense().astype(np.float64).ravel()
-    order = np.argsort(scores, kind="stable")
-    y, p = predictions.targets().toarray().ravel()[order], scores[order]
-    document = order // predictions.n_labels
+def _micro(predictions: MultilabelPredictions, weights: Array) -> dict[str, Array]:
+    """Of all cells pooled: each true code against the cells of each document."""
+    documents, labels, *_ = predictions.cells
+    scores, single = predictions.dense(), weights.T.astype(np.float32)
+    own, everything = scores[documents, labels], np.sort(scores, axis=1)
+    true = [np.sort(part) for part in np.split(own, np.searchsorted(documents, np.arange(1, len(scores))))]
+    area = precision = np.zeros(len(weights))
+    for rows in _chunks(len(own), weights):
+        below, through = (_places(everything, own[rows], side) for side in ("left", "right"))
+        true_above = _places(true, own[rows], "left")
+        mine = weights.T[documents[rows]]
+        area = area + (mine * ((below + through) / 2 @ single)).sum(axis=0)
+        at_least = (predictions.n_labels - below) @ single
+        true_at_least = (np.array([len(part) for part in true], np.float32) - true_above) @ single
+        precision = precision + (mine * true_at_least / np.maximum(at_least, 1)).sum(axis=0)
+    positive = weights @ np.bincount(documents, minlength=len(scores))
+    negative = weights.sum(axis=1) * predictions.n_labels - positive
+    # Pairs of true codes, and of each with itself, are half of positive² whatever their order.
+    auroc = _ratio(area - positive**2 / 2, positive * negative)
     return {
-        "auroc_micro": lambda weight: auroc(y, p, weight[document]),
-        "average_precision_micro": lambda weight: average_precision(y, p, weight[document]),
+        "auroc_micro": auroc,
+        "average_precision_micro": np.where(negative > 0, _ratio(precision, positive), np.nan),
     }
 
 
-def _macro(predictions: MultilabelPredictions) -> dict[str, Figure]:
-    """Means over the labels that have positives and negatives in the resample.
+def _places(ordered: Any, values: Array, side: Any) -> Array:
+    """How many scores of each document lie below ``values`` (or, from the right, are no higher), (values, documents)."""
+    return np.stack([np.searchsorted(part, values, side) for part in ordered], axis=1).astype(np.float32)
 
-    Every true code is compared with all documents once; a resample then is one matrix product.
-    """
+
+def _macro(predictions: MultilabelPredictions, weights: Array, groups: Mapping[str, ArrayLike]) -> dict[str, Array]:
+    """Means over the labels that have positives and negatives in the resample: a true code against all documents."""
     documents, labels, *_ = predictions.cells
-    if len(labels) * predictions.n_documents > MAX_PAIRS:
-        raise ValueError(
-            f"`predictions` must hold at most {MAX_PAIRS:,} pairs of a true code and a document, got "
-            f"{len(labels) * predictions.n_documents:,}. Take a sample of the documents."
-        )
-    scores, targets = predictions.dense().T, predictions.targets().toarray().T.astype(bool)
-    own, carries = scores[labels, documents][:, None], targets[labels]
-    at_least = (scores[labels] >= own).astype(np.float32)
-    true_at_least = at_least * carries
-    ahead = ((scores[labels] < own) + 0.5 * (scores[labels] == own)).astype(np.float32) * ~carries
+    targets, columns, single = predictions.targets(), predictions.dense().T.copy(), weights.T.astype(np.float32)
+    carries = targets.toarray().T.astype(bool)
+    shape = (predictions.n_labels, len(weights))
+    areas, precisions = np.zeros(shape), np.zeros(shape)
+    for rows in _chunks(len(labels), weights):
+        own, of_label = columns[labels[rows], documents[rows]][:, None], columns[labels[rows]]
+        at_least = of_label >= own
+        below = (~at_least + 0.5 * (of_label == own)).astype(np.float32) @ single
+        true = (at_least & carries[labels[rows]]).astype(np.float32) @ single
+        mine = weights.T[documents[rows]]
+        count = len(mine)
+        to_label = sparse.csr_array((np.ones(count), (labels[rows], np.arange(count))), (shape[0], count))
+        areas += to_label @ (mine * below)
+        precisions += to_label @ (mine * true / np.maximum(at_least.astype(np.float32) @ single, 1))
+    positive = targets.T @ weights.T
+    negative = weights.sum(axis=1) - positive
+    kept = (positive > 0) & (negative > 0)
+    area, precision = _ratio(areas - positive**2 / 2, positive * negative), _ratio(precisions, positive)
 
-    def mean(part: Array, weight: Array) -> float:
-        """Of the labels' weighted means of ``part``, ``(true codes,)``."""
-        positive = np.bincount(labels, weight[documents], predictions.n_labels)
-        kept = (positive > 0) & (positive < weight.sum())
-        total = np.bincount(labels, weight[documents] * part, predictions.n_labels)
-        return float(np.mean(total[kept] / positive[kept])) if kept.any() else float("nan")
+    def mean(values: Array, members: Any = slice(None)) -> Array:
+        return _ratio(np.where(kept, values, 0)[members].sum(axis=0), kept[members].sum(axis=0))
 
-    def area(weight: Array) -> float:
-        negative = weight.sum() - targets @ weight
-        return mean(ahead @ weight.astype(np.float32) / np.maximum(negative[labels], 1), weight)
-
-    def precision(weight: Array) -> float:
-        single = weight.astype(np.float32)
-        return mean(true_at_least @ single / np.maximum(at_least @ single, 1), weight)
-
-    return {"auroc_macro": area, "average_precision_macro": precision}
+    grouped = {f"auroc_macro ({name})": mean(area, np.asarray(members, bool)) for name, members in groups.items()}
+    return {"auroc_macro": mean(area), **grouped, "average_precision_macro": mean(precision)}
 
 
-def _at(predictions: MultilabelPredictions, threshold: ArrayLike) -> dict[str, Figure]:
+def _at(
+    predictions: MultilabelPredictions, threshold: ArrayLike, weights: Array, out_of_scope: ArrayLike | None
+) -> dict[str, Array]:
     """F1 and exact match at a threshold."""
     targets = predictions.targets()
     flagged = sparse.vstack([sparse.csr_array(part.astype(np.int64)) for _, part in predictions.flagged(threshold)])
-    hits, both = targets.multiply(flagged).tocsr(), targets + flagged
-    per_document = predictions.confusion(threshold)[1]
-    document_hits, document_both = per_document.hits, per_document.predicted + per_document.present
-    exact = 2 * document_hits == document_both
-
-    def micro(weight: Array) -> float:
-        total = weight @ document_both
-        return float(2 * (weight @ document_hits) / total) if total else float("nan")
-
-    def macro(weight: Array) -> float:
-        occurs = weight @ targets > 0
-        f1 = 2 * (weight @ hits)[occurs] / (weight @ both)[occurs]
-        return float(f1.mean()) if occurs.any() else float("nan")
-
-    return {"f1_micro": micro, "f1_macro": macro, "exact_match": _weighted_mean(exact.astype(float))}
+    hits, both = (matrix.T @ weights.T for matrix in (targets.multiply(flagged).tocsr(), targets + flagged))
+    occurs = targets.T @ weights.T > 0
+    f1 = np.where(occurs, _ratio(2 * hits, both), 0)
+    of_documents = predictions.confusion(threshold)[1]
+    found, claimed, present = (weights @ count for count in of_documents)
+    exact = 2 * of_documents.hits == of_documents.predicted + of_documents.present
+    figures = {
+        "f1_micro": _ratio(2 * found, claimed + present),
+        "f1_macro": _ratio(f1.sum(axis=0), occurs.sum(axis=0)),
+        "exact_match": _mean(exact.astype(float), weights),
+    }
+    if out_of_scope is None:
+        return figures
+    true = present + weights @ np.asarray(out_of_scope)
+    return figures | {"recall_all_codes": _ratio(found, true), "f1_all_codes": _ratio(2 * found, claimed + true)}
