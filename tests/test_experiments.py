@@ -198,7 +198,7 @@ def test_a_report_is_written_whole(spec, work, tmp_path):
     assert (tmp_path / "small.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("path", sorted(SPECS.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(SPECS.glob("medbert_*.yaml")), ids=lambda path: path.stem)
 def test_the_shipped_specifications_are_sound(path):
     spec = ReportSpec.from_yaml(path.stem)
     assert spec.name == path.stem

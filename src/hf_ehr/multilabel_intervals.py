@@ -1,8 +1,8 @@
 """Bootstrap intervals over documents for the figures of ``multilabel.py``, and for paired differences of two models.
 
 A resample is a vector of document weights, as in ``intervals.py``. Every figure is computed for all resamples at once,
-by matrix products of true codes × documents with documents × resamples; nothing is sorted again. Meant for sets of some
-hundred or thousand documents: larger ones have narrow intervals, and this holds all scores at once.
+by matrix products of true codes × documents with documents × resamples; nothing is sorted again. Meant for sets of
+some hundred or thousand documents: larger ones have narrow intervals, and this holds all scores at once.
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ def _micro(predictions: MultilabelPredictions, weights: Array) -> dict[str, Arra
 
 
 def _places(ordered: Any, values: Array, side: Any) -> Array:
-    """How many scores of each document lie below ``values`` (or, from the right, are no higher), (values, documents)."""
+    """How many scores of each document lie below ``values``, from the right: are no higher; (values, documents)."""
     return np.stack([np.searchsorted(part, values, side) for part in ordered], axis=1).astype(np.float32)
 
 

@@ -148,10 +148,10 @@ def write_table(rows: Sequence[Result], path_stem: str | Path, title: str, notes
     records = [_record(row, p) for row, p in zip(rows, adjusted, strict=True)]
     notes = [*notes, *_warnings(rows)]
     contents = {
-        "csv": _csv(records),
+        "csv": csv_text(records),
         "md": _markdown(rows, records, title, notes),
         "json": json.dumps(
-            _finite({"title": title, "notes": notes, "rows": [asdict(row) for row in rows]}), indent=2, allow_nan=False
+            finite({"title": title, "notes": notes, "rows": [asdict(row) for row in rows]}), indent=2, allow_nan=False
         ),
     }
     paths = [Path(f"{path_stem}.{suffix}") for suffix in contents]
@@ -209,7 +209,7 @@ def _record(row: Result, p_adjusted: float) -> dict[str, Any]:
     record["p_value"] = row.difference.p_value if row.difference else None
     record["p_adjusted"] = p_adjusted
     record["verdict"] = _verdict(row, p_adjusted)
-    return dict(_finite(record))
+    return dict(finite(record))
 
 
 def _verdict(row: Result, p_adjusted: float) -> str | None:
@@ -224,7 +224,8 @@ def _ends(name: str, interval: Interval | None) -> dict[str, float | None]:
     return {name: value, f"{name}_low": low, f"{name}_high": high}
 
 
-def _csv(records: Sequence[dict[str, Any]]) -> str:
+def csv_text(records: Sequence[dict[str, Any]]) -> str:
+    """Flat records with the same keys as CSV with a header."""
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, list(records[0]), lineterminator="\n")
     writer.writeheader()
@@ -266,10 +267,10 @@ def _difference_cell(row: Result, outcome: str | None) -> str:
     return f"{row.difference.value:+.3f} ({row.difference.low:+.3f} to {row.difference.high:+.3f}): {outcome}"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """``value`` with None for NaN, as JSON and CSV have it."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value

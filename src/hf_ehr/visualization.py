@@ -94,6 +94,35 @@ def forest_plot(
         figure.tight_layout()
 
 
+def label_auroc_histogram(results: Mapping[str, ArrayLike], path: str | Path, *, title: str = "") -> None:
+    """Draws how many labels have which AUROC (BERT-XML, Fig. 2), one panel a row.
+
+    Args:
+        results: Row → AUROC of every label; NaN, where undefined, is left out.
+        path: The PNG to write.
+        title: Above the plot.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: There is nothing to draw.
+    """
+    drawn = {name: np.asarray(values, float)[~np.isnan(values)] for name, values in results.items()}
+    if not any(map(len, drawn.values())):
+        raise ValueError("`results` must hold at least one defined figure, got none.")
+    low = min(float(values.min()) for values in drawn.values() if len(values))
+    bins = np.linspace(min(0.5, np.floor(low * 50) / 50), 1, 51)
+    with _figure(path, (6.0, 0.8 + 1.6 * len(drawn))) as figure:
+        panels = np.atleast_1d(figure.subplots(len(drawn), 1, sharex=True))
+        for axes, (name, values) in zip(panels, drawn.items(), strict=True):
+            axes.hist(values, bins=bins, color=COLORS[0])
+            axes.set_title(f"{name} ({len(values)} labels)", fontsize=9)
+            axes.set_ylabel("labels")
+            _decorate(axes)
+        panels[-1].set_xlabel("AUROC of a label")
+        figure.suptitle(title)
+        figure.tight_layout()
+
+
 def calibration_plot(
     predictions: Mapping[str, tuple[ArrayLike, ArrayLike]],
     path: str | Path,

@@ -147,7 +147,7 @@ def report(words: list[str]) -> None:
     example = "hf-ehr report medbert_table4 --output reports/"
     name, words = positional(words, "SPEC", example)
     (arguments,) = parse("report SPEC", example, words, experiments.ReportArguments)
-    paths = experiments.report(experiments.ReportSpec.from_yaml(name), arguments)
+    paths = experiments.report(experiments.load_spec(name), arguments)
     print(paths[0].read_text())
     print("Written: " + ", ".join(map(str, paths)))
 

@@ -1,6 +1,8 @@
 """Reports of a paper's experiments: rows × tasks × sizes × draws, from a YAML file to tables and figures.
 
 ReportSpec (YAML) ─▶ materials: cohorts, tokenizers, checkpoints, embeddings ─▶ cells ─▶ tables
+
+A file with ``kind: coding`` compares coders of notes instead, by the modules of ``coding/`` in the same order.
 """
 
 from __future__ import annotations
@@ -8,11 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from hf_ehr.experiments import coding
+from hf_ehr.experiments.coding import CodingSpec
 from hf_ehr.experiments.runner import run_cells
-from hf_ehr.experiments.spec import ReportSpec
+from hf_ehr.experiments.spec import ReportSpec, read_yaml
 from hf_ehr.experiments.tables import collect, write
 
-__all__ = ["ReportArguments", "ReportSpec", "report"]
+__all__ = ["CodingSpec", "ReportArguments", "ReportSpec", "load_spec", "report"]
 
 
 @dataclass
@@ -27,7 +31,16 @@ class ReportArguments:
     draws: int | None = field(default=None, metadata={"help": "Fewer draws than the specification, for a first look."})
 
 
-def report(spec: ReportSpec, arguments: ReportArguments) -> list[Path]:
+def load_spec(path: str | Path) -> ReportSpec | CodingSpec:
+    """Reads a file, or a specification of the package by its name; its field ``kind`` says of what it is.
+
+    Raises:
+        EhrDataError: There is no such file, or a field is unknown, absent or out of range.
+    """
+    return (CodingSpec if read_yaml(path).get("kind") == coding.KIND else ReportSpec).from_yaml(path)
+
+
+def report(spec: ReportSpec | CodingSpec, arguments: ReportArguments) -> list[Path]:
     """Computes what is not there yet and writes the tables.
 
     Returns:
@@ -40,5 +53,7 @@ def report(spec: ReportSpec, arguments: ReportArguments) -> list[Path]:
     if arguments.draws is not None:
         note = f"A first look with `--draws {arguments.draws}`, not the specification's number of draws."
         spec = replace(spec, draws=arguments.draws, notes=(*spec.notes, note))
+    if isinstance(spec, CodingSpec):
+        return coding.report(spec, work, Path(arguments.output), arguments.workers)
     failures = run_cells(spec, work, arguments.workers)
     return write(collect(spec, work, failures), Path(arguments.output))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,10 +11,10 @@ from transformers import TrainingArguments
 
 from hf_ehr.code_embeddings import ppmi_svd, time_window_skipgram
 from hf_ehr.datasets import build_examples
-from hf_ehr.experiments.spec import DataSpec, PretrainSpec, digest
+from hf_ehr.experiments.spec import DataSpec, PretrainSpec, digest, expanded
 from hf_ehr.models.tokenization_ehr import EhrCodeTokenizer
 from hf_ehr.prepare import SourceName, prepare
-from hf_ehr.schema import EhrDataError, atomic_folder
+from hf_ehr.schema import atomic_folder
 from hf_ehr.training import DataArguments, PretrainArguments, pretrain, task_labels, task_name
 from hf_ehr.transfer import TransferArguments, transfer
 from hf_ehr.version import __version__
@@ -69,9 +68,7 @@ class Cohort:
 
     def _prepare(self) -> None:
         spec = self.spec
-        path = None if spec.input is None else os.path.expandvars(spec.input)
-        if path is not None and "$" in path:
-            raise EhrDataError(f"`input` of {spec.name!r} is {spec.input!r}, and that variable is not set. Set it.")
+        path = None if spec.input is None else expanded(spec.input, spec.name)
         options = json.loads(json.dumps(spec.options))
         prepare(cast(SourceName, spec.source), path, Path(self.data.data), options=options)
 

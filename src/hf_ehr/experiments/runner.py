@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,17 +53,26 @@ def run_cells(spec: ReportSpec, work: Path, workers: int | None = None) -> dict[
         Failed job → error. The other jobs have run all the same.
     """
     bench = Bench(spec, work)
-    failures: dict[str, str] = {}
     for data in tqdm(spec.datasets, desc="Cohorts", unit="cohort"):
         bench.cohort(data).make(spec.tasks_of(data))
     stages = {
         "Pre-training": _materials, "Moving vocabularies": _moves, "Learning rates": _tuning, "Cells": _cells,
     }  # fmt: skip
+    return run_stages({title: jobs_of(bench) for title, jobs_of in stages.items()}, workers)
+
+
+def run_stages(stages: Mapping[str, Sequence[Job]], workers: int | None = None) -> dict[str, str]:
+    """Runs the jobs of one stage after the other that are not done; one process a core if ``workers`` is None.
+
+    Returns:
+        Failed job → error.
+    """
+    failures: dict[str, str] = {}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=context, initializer=_start_worker) as pool:
         try:
-            for title, jobs_of in stages.items():
-                failures |= _run(pool, title, jobs_of(bench))
+            for title, jobs in stages.items():
+                failures |= _run(pool, title, jobs)
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             raise
@@ -132,7 +141,7 @@ def _name(cell: Cell) -> str:
     return f"{cell.row.name}, {cell.data.name}, {cell.task}, {cell.size} patients, draw {cell.draw}"
 
 
-def _run(pool: ProcessPoolExecutor, title: str, jobs: list[Job]) -> dict[str, str]:
+def _run(pool: ProcessPoolExecutor, title: str, jobs: Sequence[Job]) -> dict[str, str]:
     """Runs the jobs that are not done, with a bar that shows how long the rest will take."""
     todo = [job for job in jobs if not job.done.exists()]
     failures: dict[str, str] = {}

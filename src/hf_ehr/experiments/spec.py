@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -85,9 +86,9 @@ class RowSpec:
     learning_rates: tuple[float, ...] = (1e-3,)
 
     def __post_init__(self) -> None:
-        _one_of("model", self.model, (*MODELS, *BASELINES, PPMI_LR), self.name)
-        _one_of("head", self.head, HEADS, self.name)
-        _one_of("init", self.init, INITS, self.name)
+        one_of("model", self.model, (*MODELS, *BASELINES, PPMI_LR), self.name)
+        one_of("head", self.head, HEADS, self.name)
+        one_of("init", self.init, INITS, self.name)
         if self.model == "rnn" and (self.head == "ffn" or self.init == "pretrained"):
             raise EhrDataError(
                 f"Row {self.name!r}: an `rnn` takes a recurrent `head` and no `pretrained` init. Change it."
@@ -157,15 +158,10 @@ class ReportSpec:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        names = [row.name for row in self.rows]
-        if len(set(names)) < len(names) or not names:
-            raise EhrDataError(f"`rows` must have distinct names, got {names}. Rename or add rows.")
-        for pair in self.comparisons:
-            for name in pair:
-                _one_of("comparisons", name, names, self.name)
+        check_rows(self)
         for row in self.rows:
             if row.pretrained_on is not None:
-                _one_of("pretrained_on", row.pretrained_on, [data.name for data in self.datasets], row.name)
+                one_of("pretrained_on", row.pretrained_on, [data.name for data in self.datasets], row.name)
         for size in self.sizes:
             if size != ALL and (not isinstance(size, int) or size < 1):
                 raise EhrDataError(f"`sizes` must hold positive numbers or {ALL!r}, got {size!r}. Change it.")
@@ -182,21 +178,7 @@ class ReportSpec:
         Raises:
             EhrDataError: There is no such file, or a field is unknown, absent or out of range.
         """
-        file = Path(path)
-        if not file.is_file():
-            file = SPECS / f"{file.name.removesuffix('.yaml')}.yaml"
-        if not file.is_file():
-            shipped = ", ".join(sorted(p.stem for p in SPECS.glob("*.yaml")))
-            raise EhrDataError(f"{path} is no file and no specification of the package ({shipped}).")
-        content = yaml.safe_load(file.read_text())
-        content = {"name": file.stem} | (content if isinstance(content, dict) else {})
-        nested = {
-            "datasets": lambda items: tuple(_build(DataSpec, item, "datasets") for item in items),
-            "rows": lambda items: tuple(_build(RowSpec, item, "rows") for item in items),
-            "pretraining": lambda item: _build(PretrainSpec, item, "pretraining"),
-            "comparisons": lambda pairs: tuple(tuple(pair) for pair in pairs),
-        }
-        return _build(cls, {k: nested[k](v) if k in nested else v for k, v in content.items()}, file.name)
+        return from_content(cls, read_yaml(path), DataSpec, RowSpec)
 
     def draws_at(self, size: int | str) -> int:
         """Number of draws of a size."""
@@ -225,7 +207,70 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _build(kind: Any, content: Any, where: str) -> Any:
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The content of a file, or of a specification of the package by its name; ``name`` is the file's own by default.
+
+    Raises:
+        EhrDataError: There is no such file.
+    """
+    file = Path(path)
+    if not file.is_file():
+        file = SPECS / f"{file.name.removesuffix('.yaml')}.yaml"
+    if not file.is_file():
+        shipped = ", ".join(sorted(p.stem for p in SPECS.glob("*.yaml")))
+        raise EhrDataError(f"{path} is no file and no specification of the package ({shipped}).")
+    content = yaml.safe_load(file.read_text())
+    return {"name": file.stem} | (content if isinstance(content, dict) else {})
+
+
+def from_content(kind: Any, content: dict[str, Any], data: Any, row: Any) -> Any:
+    """A report of class ``kind`` from the content of its file, its data sets and rows of the classes given.
+
+    Raises:
+        EhrDataError: A field is unknown, absent or out of range.
+    """
+    nested = {
+        "datasets": lambda items: tuple(build(data, item, "datasets") for item in items),
+        "rows": lambda items: tuple(build(row, item, "rows") for item in items),
+        "pretraining": lambda item: build(PretrainSpec, item, "pretraining"),
+        "comparisons": lambda pairs: tuple(tuple(pair) for pair in pairs),
+    }
+    fields_of = {name: nested[name](value) if name in nested else value for name, value in content.items()}
+    return build(kind, fields_of, str(content["name"]))
+
+
+def check_rows(report: Any) -> None:
+    """Rows have distinct names and comparisons name them.
+
+    Raises:
+        EhrDataError: They do not.
+    """
+    names = [row.name for row in report.rows]
+    if len(set(names)) < len(names) or not names:
+        raise EhrDataError(f"`rows` must have distinct names, got {names}. Rename or add rows.")
+    for pair in report.comparisons:
+        for name in pair:
+            one_of("comparisons", name, names, report.name)
+
+
+def expanded(path: str, name: str, field_name: str = "input") -> str:
+    """A path with its ``${VARIABLES}`` filled in.
+
+    Raises:
+        EhrDataError: One is not set.
+    """
+    found = os.path.expandvars(path)
+    if "$" in found:
+        raise EhrDataError(f"`{field_name}` of {name!r} is {path!r}, and that variable is not set. Set it.")
+    return found
+
+
+def build(kind: Any, content: Any, where: str) -> Any:
+    """An object of ``kind`` from a mapping of its fields; lists become tuples.
+
+    Raises:
+        EhrDataError: A field is unknown or absent.
+    """
     known = {item.name for item in fields(kind)}
     if not isinstance(content, dict) or set(content) - known:
         unknown = sorted(set(content) - known) if isinstance(content, dict) else content
@@ -236,6 +281,7 @@ def _build(kind: Any, content: Any, where: str) -> Any:
         raise EhrDataError(f"`{where}` is incomplete: {error}.") from error
 
 
-def _one_of(name: str, value: Any, allowed: Any, where: str) -> None:
+def one_of(name: str, value: Any, allowed: Any, where: str) -> None:
+    """Raises EhrDataError where ``value`` is not ``allowed``."""
     if value not in allowed:
         raise EhrDataError(f"`{name}` of {where!r} must be one of {', '.join(map(str, allowed))}, got {value!r}.")

@@ -1,0 +1,198 @@
+"""A coder of notes beside its rivals on the test notes: one table with intervals, a histogram, a model card."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from scipy import sparse
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from . import note_baselines
+from .coding_report import DEFINITIONS, CodedRow, CodingTest, adjusted, compare_rows, score_row
+from .coding_tables import difference_lines, sections, write_coding_tables
+from .label_embeddings import label_descriptions
+from .multilabel_predictions import MultilabelPredictions
+from .note_datasets import build_coding_examples
+from .schema import EhrDataError, atomic_path
+from .tasks.audit import OneShotTest
+from .training import CODER_FILE, NoteArguments, check_earlier_stage, predict_codes, training_notes
+from .training.icd_coding import CoderArguments
+
+COMPARED = ("auroc_micro", "auroc_macro", "map", "f1_micro")
+RIVALS = ("Frequency", "String match", "TF-IDF LR")
+
+CARD = """---
+{meta}
+---
+
+# Coder of clinical notes ({labels} codes)
+
+> Research software, **not a medical device**: codes it assigns must be checked by a coder.
+
+BERT-XML (Zhang, Liu & Razavian, Clinical NLP 2020) in an independent implementation; not the authors' weights.
+The input is the text of a note, the output the probability of each code of `config.id2label`.
+
+```python
+import hf_ehr
+from transformers import pipeline
+
+coder = pipeline("icd-coding", model=folder)
+coder("Admitted with dyspnea, known heart failure.")
+```
+
+The thresholds in `config.thresholds` were tuned on validation notes. Splits are by patient; `splits.json` holds them
+as salted hashes. Only the codes listed are ever assigned: a rarer one is missed, and counted as missed under "all codes".
+
+{table}
+"""
+
+
+@dataclass
+class CoderEvaluateArguments:
+    """Arguments of `hf-ehr evaluate-coder`."""
+
+    model: str = field(metadata={"help": "Folder that `hf-ehr train-coder` wrote."})
+    output: str = field(metadata={"help": "Folder for the tables, the figures and the card."})
+    data: str | None = field(default=None, metadata={"help": "Folder of notes; the one of training when left out."})
+
+
+def evaluate_coder(arguments: CoderEvaluateArguments) -> Path:
+    """Compares a trained coder with its rivals on the test notes; writes `table.*` and the coder's `README.md`.
+
+    The rivals are TF-IDF with logistic regression, matching of descriptions, and the frequency of codes, fitted on the
+    coder's training notes.
+
+    Returns:
+        Path of the Markdown table.
+
+    Raises:
+        EhrDataError: The folder was not written by `hf-ehr train-coder`.
+        LeakageError: A test patient was in an earlier training stage.
+    """
+    path = Path(arguments.model) / CODER_FILE
+    if not path.is_file():
+        raise EhrDataError(f"{path} is missing. `model` must be a folder that `hf-ehr train-coder` wrote.")
+    made = json.loads(path.read_text())
+    data = _from_dict(NoteArguments, made["data"])
+    data = data if arguments.data is None else replace(data, data=arguments.data)
+    check_earlier_stage(arguments.model, data.manifest())
+    test, rows = coded_rows(arguments.model, data, _from_dict(CoderArguments, made["options"]))
+    results = [score_row(test, row) for row in rows]
+    ours = rows[-1]
+    differences = adjusted([one for rival in rows[:-1] for one in compare_rows(test, ours, rival, COMPARED)])
+    lines = [
+        *sections(test, results, ours.name),
+        "### Differences",
+        "",
+        *difference_lines(differences),
+        "",
+        DEFINITIONS,
+    ]
+    table = Path(arguments.output) / "table"
+    title = f"# {ours.name} on {len(test.patients):,} test notes"
+    paths = write_coding_tables(
+        table, "\n".join([title, "", *lines]), [(test, results)], differences, {"model": ours.name}, ours.name
+    )
+    write_coder_card(Path(arguments.model), len(test.codes), "\n".join(["## Figures", "", *lines]))
+    return paths[0]
+
+
+def coded_rows(model: str | Path, data: NoteArguments, options: CoderArguments) -> tuple[CodingTest, list[CodedRow]]:
+    """Scores of the rivals and, last, of a trained coder on validation and test notes.
+
+    Args:
+        model: Folder of the coder.
+        data: The notes and their split.
+        options: How it was trained.
+    """
+    coder: Any = AutoModelForSequenceClassification.from_pretrained(model)
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    codes = [coder.config.id2label[index] for index in range(coder.num_labels)]
+    ids = {"train": training_notes(data, options)} | {name: data.splits[name] for name in ("validation", "test")}
+    examples = {
+        name: build_coding_examples(
+            data.folder, tokenizer, codes, note_ids=part, max_length=data.max_length,
+            max_segments=options.max_segments,
+        )
+        for name, part in ids.items()
+    }  # fmt: skip
+    truth = {name: _matrix(part["labels"][:], len(codes)) for name, part in examples.items()}
+    rows = _rivals(data, ids, truth, codes, coder.config.label_descriptions)
+    validation, held = (predict_codes(coder, examples[name], tokenizer) for name in ("validation", "test"))
+    rows.append(CodedRow(type(coder).__name__, [validation], [held]))
+    subjects = np.asarray(examples["test"]["subject_id"][:])
+    notes = [f"{len(examples[name]):,} {name} notes" for name in examples]
+    names = _descriptions(codes, coder.config.label_descriptions)
+    counts = np.asarray(truth["train"].sum(axis=0)).ravel()
+    beyond = _out_of_scope(data, examples["test"]["note_id"][:], codes)
+    test = CodingTest("test notes", codes, names, counts, subjects, beyond, notes=[", ".join(notes) + "."])
+    return test, rows
+
+
+def write_coder_card(folder: Path, labels: int, table: str) -> None:
+    """Writes the model card `README.md` of a coder: what it is for, what it is not, and its figures."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    meta = ModelCardData(
+        library_name="transformers", license="apache-2.0", pipeline_tag="text-classification",
+        tags=["ehr", "icd-coding", "transformers-ehr"], model_name="Coder of clinical notes",
+    )  # fmt: skip
+    with atomic_path(folder / "README.md") as temporary:
+        ModelCard(CARD.format(meta=meta.to_yaml(), labels=labels, table=table)).save(temporary)
+
+
+def _rivals(data: NoteArguments, ids: Any, truth: Any, codes: list[str], described: Any) -> list[CodedRow]:
+    texts = {
+        name: [text for table in data.folder.notes(part, ["text"]) for text in table["text"].to_pylist()]
+        for name, part in ids.items()
+    }
+    matrices = {name: matrix for name, matrix in truth.items() if name != "test"}
+    matrices["test"] = sparse.csr_array(truth["test"].shape, dtype=np.int8)  # rivals are shown no test code
+    parts = [note_baselines.CodedTexts.of(texts[name], matrices[name], len(codes)) for name in texts]
+    names = _descriptions(codes, described)
+    scores = (
+        note_baselines.frequency(*parts),
+        [note_baselines.string_match(texts[name], names) for name in ("validation", "test")],
+        note_baselines.tfidf_logistic_regression(*parts),
+    )
+    answer = OneShotTest(truth["test"]).read()
+    return [
+        CodedRow(rival, [_held(validation, truth["validation"])], [_held(test, answer)])
+        for rival, (validation, test) in zip(RIVALS, scores, strict=True)
+    ]
+
+
+def _descriptions(codes: list[str], described: Any) -> list[str | None]:
+    return label_descriptions(codes) if described is None else [described.get(code) for code in codes]
+
+
+def _matrix(lists: Any, n_labels: int) -> sparse.csr_array:
+    """Lists of label ids as 0/1, (notes, labels)."""
+    flat = np.array([label for row in lists for label in row], np.int64)
+    ends = np.cumsum([0, *(len(row) for row in lists)])
+    return sparse.csr_array((np.ones(len(flat), np.int8), flat, ends), (len(lists), n_labels))
+
+
+def _out_of_scope(data: NoteArguments, note_ids: list[str], codes: list[str]) -> np.ndarray:
+    """Codes of each note that the coder does not know."""
+    import polars as pl
+
+    labels = pl.DataFrame(data.folder.labels().select(["note_id", "code"])).unique()
+    counts = labels.filter(~pl.col("code").is_in(codes)).group_by("note_id").len()
+    notes = pl.DataFrame(pa.table({"note_id": note_ids}))
+    return notes.join(counts, on="note_id", how="left", maintain_order="left")["len"].fill_null(0).to_numpy()
+
+
+def _held(scores: np.ndarray, truth: sparse.csr_array) -> MultilabelPredictions:
+    predictions = MultilabelPredictions(truth.shape[1])
+    predictions.add(scores, truth)
+    return predictions
+
+
+def _from_dict(kind: Any, content: dict) -> Any:
+    return kind(**{item.name: content[item.name] for item in fields(kind) if item.name in content})
