@@ -8,16 +8,19 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from transformers import TrainingArguments
 
+from hf_ehr.coder_evaluation import CoderEvaluateArguments, evaluate_coder
 from hf_ehr.experiments import CodingSpec, ReportArguments, load_spec, report
 from hf_ehr.experiments.coding import CodingBench, cells, run
-from hf_ehr.experiments.coding.materials import CodedNotes, write_categories
+from hf_ehr.experiments.coding.materials import CodedNotes, checkpoint_folder, write_categories
 from hf_ehr.experiments.coding.spec import CodingData
 from hf_ehr.experiments.coding.tables import read_rows
 from hf_ehr.experiments.spec import SPECS
 from hf_ehr.multilabel import multilabel_scores
 from hf_ehr.notes import NoteFolder
 from hf_ehr.schema import EhrDataError
+from hf_ehr.training import CoderArguments, NoteArguments, train_coder
 
 SMALL = """
 kind: coding
@@ -25,8 +28,8 @@ title: Small
 datasets:
   - name: world
     source: synthetic
-    options: {patients: 90, codes: 20, codes_per_note: 3, missed: 0.02}
-    min_patients: 6
+    options: {patients: 60, codes: 20, codes_per_note: 3, missed: 0.02}
+    min_patients: 4
 draws: 2
 tokenizer: {vocab_size: 400, min_frequency: 2}
 encoders: {tiny: {preset: tiny, hidden_size: 16, intermediate_size: 32, num_attention_heads: 2}}
@@ -38,7 +41,7 @@ finetuning: {num_train_epochs: 2, per_device_train_batch_size: 8}
 rows:
   - {name: TF-IDF, model: tfidf_lr}
   - {name: CAML, model: caml, model_options: {embedding_size: 8, hidden_size: 8}, learning_rates: [1.0e-3, 1.0e-2]}
-  - {name: XML, model: ehrbert, size: tiny, init: pretrained, max_length: 256}
+  - {name: XML, model: ehrbert, size: tiny, init: pretrained, max_length: 128}
   - {name: BERT, model: ehrbert, encoder: "${NO_SUCH_ENCODER}", head: cls}
 comparisons:
   - [XML, TF-IDF]
@@ -91,7 +94,7 @@ def test_labels_in_and_out_of_scope_are_all_labels(spec, work):
         inside = [{scope.codes[i] for i in row.indices} for row in scope.truth[split]]
         assert inside == [each & set(scope.codes) for each in codes]
         assert scope.out_of_scope[split].tolist() == [len(each - set(scope.codes)) for each in codes]
-    assert scope.out_of_scope["test"].sum() > 0  # 20 codes of 6 patients and more: the rarest are none
+    assert scope.out_of_scope["test"].sum() > 0  # 20 codes of 4 patients and more: the rarest are none
     assert scope.never_seen["train"].sum() == 0
     assert (scope.never_seen["test"] <= scope.out_of_scope["test"]).all()
 
@@ -169,6 +172,29 @@ def test_a_failing_row_is_named_and_the_others_are_there(spec, work, tmp_path, m
     assert missing == ["BERT, world"]
 
 
+def test_a_coder_is_evaluated_beside_its_rivals_and_gets_a_card(spec, work, tmp_path):
+    bench = CodingBench(spec, work)
+    cell = cells(spec)[-1]
+    notes = bench.notes(cell.data)
+    encoder = checkpoint_folder(notes, spec, cell.row, 0)
+    data = NoteArguments(data=notes.arguments.data, max_length=128)
+    settings = {"num_train_epochs": 1, "logging_strategy": "no", "report_to": "none", "disable_tqdm": True}
+    training = TrainingArguments(output_dir=str(tmp_path / "coder"), **settings)
+    train_coder(data, CoderArguments(model=str(encoder), min_patients=4), training)
+    table = evaluate_coder(CoderEvaluateArguments(str(tmp_path / "coder"), str(tmp_path / "evaluation")))
+    rows = list(csv.DictReader(table.with_suffix(".csv").open()))
+    assert [row["row"] for row in rows] == ["Frequency", "String match", "TF-IDF LR", "EhrBertForICDCoding"]
+    _, scored, _ = read_rows(bench, cell.data)
+    same = multilabel_scores(scored["TF-IDF"].test[0])["auroc_macro"]  # fitted on the same notes, scored on the same
+    assert float(rows[2]["auroc_macro"]) == pytest.approx(same, abs=1e-5)
+    assert float(rows[0]["auroc_macro"]) == 0.5  # the same for every note
+    card = (tmp_path / "coder" / "README.md").read_text()
+    assert "not a medical device" in card
+    assert "| TF-IDF LR |" in card
+    with pytest.raises(EhrDataError, match="train-coder"):
+        evaluate_coder(CoderEvaluateArguments(str(encoder), str(tmp_path / "nothing")))
+
+
 def test_categories_hold_each_code_once_a_note(spec, work, tmp_path):
     source = CodingBench(spec, work).notes(spec.datasets[0]).arguments.folder
     write_categories(source, tmp_path / "categories")
@@ -183,11 +209,12 @@ def test_categories_hold_each_code_once_a_note(spec, work, tmp_path):
 
 def test_a_prepared_folder_is_read_where_it_lies(spec, work, tmp_path):
     made = CodingBench(spec, work).notes(spec.datasets[0])
-    data = CodingData("again", folder=made.arguments.data, min_patients=6)
+    data = CodingData("again", folder=made.arguments.data, min_patients=4)
     notes = CodedNotes(data, spec.tokenizer, tmp_path)
     notes.make()
     assert notes.scope.codes == made.scope.codes
-    assert notes.tokenizer().get_vocab() == made.tokenizer().get_vocab()
+    assert len(notes.tokenizer()) == len(made.tokenizer()) == 400
+    assert (notes.scope.truth["test"] != made.scope.truth["test"]).nnz == 0
 
 
 @pytest.mark.parametrize(
@@ -201,8 +228,8 @@ def test_a_prepared_folder_is_read_where_it_lies(spec, work, tmp_path):
         ("draws: 2", "draws: 0", "`draws`"),
         ("name: CAML", "nme: CAML", "unknown fields"),
         ("[BERT, XML]", "[BERT, CAML 2]", "`comparisons`"),
-        ("source: synthetic", "folder: a, source: synthetic", "either a `source` or a prepared `folder`"),
-        ("min_patients: 6", "level: chapter", "`level` of 'world'"),
+        ("source: synthetic", "source: synthetic\n    folder: a", "either a `source` or a prepared `folder`"),
+        ("min_patients: 4", "level: chapter", "`level` of 'world'"),
     ],
 )
 def test_a_mistake_in_a_specification_is_named_before_anything_runs(tmp_path, old, new, message):
@@ -221,3 +248,20 @@ def test_the_shipped_specifications_are_sound(path):
     assert spec.comparisons
     assert spec.draws >= 3
     assert spec.pretraining.seeds >= 3
+
+
+def test_table_2_has_the_papers_rows_in_their_order():
+    rows = [row.name for row in load_spec("bertxml_table2").rows]
+    assert rows[:14] == [
+        "Logistic regression (BoW)", "Multi-head attention (bi-LSTM)", "BERT base 512", "BERT base 1024",
+        "Fine-tuned BERT 1024", "BioBERT 512", "ClinicalBERT 512", "EHR Small 512", "EHR Small 1024",
+        "Small + XML 1024", "EHR Big 512", "EHR Big 1024", "Big + XML 512", "Big + XML 1024",
+    ]  # fmt: skip
+
+
+def test_ten_seeds_and_an_opaque_control_stand_behind_label_descriptions():
+    spec = load_spec("bertxml_label_init")
+    assert spec.draws >= 10
+    assert {row.label_init for row in spec.rows} == {"random", "final_layer", "word_embeddings", "parent_sum"}
+    assert "auroc_macro (opaque)" in spec.compared
+    assert any(row.training.get("bf16") for row in spec.rows)

@@ -46,7 +46,8 @@ coder("Admitted with dyspnea, known heart failure.")
 ```
 
 The thresholds in `config.thresholds` were tuned on validation notes. Splits are by patient; `splits.json` holds them
-as salted hashes. Only the codes listed are ever assigned: a rarer one is missed, and counted as missed under "all codes".
+as salted hashes. Only the codes listed are ever assigned: a rarer one is missed, and counts as missed under "all
+codes".
 
 {table}
 """

@@ -183,8 +183,8 @@ def _seeds(test: CodingTest, results: Sequence[CodingResult]) -> list[str]:
     """What differs from seed to seed: the claim of label descriptions is about this table."""
     rare = next(iter(test.bands()))
     header = [
-        "Row", "Seeds", "SD of AUROC micro", "SD of AUROC macro", "Epochs to 90 % of the best", f"AUROC macro ({rare})",
-        "its SD", "Collapsed runs",
+        "Row", "Seeds", "SD of AUROC micro", "SD of AUROC macro", "Epochs to 90 % of the best",
+        f"AUROC macro ({rare})", "its SD", "Collapsed runs",
     ]  # fmt: skip
     rows = [
         [

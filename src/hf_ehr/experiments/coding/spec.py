@@ -1,4 +1,4 @@
-"""What a coding report compares: a YAML file with data sets of notes, rows, seeds, and the comparisons it will claim."""
+"""What a coding report compares: a YAML file with data sets of notes, rows, seeds, and the comparisons it claims."""
 
 from __future__ import annotations
 
