@@ -57,7 +57,7 @@ codes".
 class CoderEvaluateArguments:
     """Arguments of `hf-ehr evaluate-coder`."""
 
-    model: str = field(metadata={"help": "Folder that `hf-ehr train-coder` wrote."})
+    model: str = field(metadata={"help": "Folder that `hf-ehr finetune ehrbert` wrote."})
     output: str = field(metadata={"help": "Folder for the tables, the figures and the card."})
     data: str | None = field(default=None, metadata={"help": "Folder of notes; the one of training when left out."})
 
@@ -72,12 +72,12 @@ def evaluate_coder(arguments: CoderEvaluateArguments) -> Path:
         Path of the Markdown table.
 
     Raises:
-        EhrDataError: The folder was not written by `hf-ehr train-coder`.
+        EhrDataError: The folder was not written by `hf-ehr finetune ehrbert`.
         LeakageError: A test patient was in an earlier training stage.
     """
     path = Path(arguments.model) / CODER_FILE
     if not path.is_file():
-        raise EhrDataError(f"{path} is missing. `model` must be a folder that `hf-ehr train-coder` wrote.")
+        raise EhrDataError(f"{path} is missing. `model` must be a folder that `hf-ehr finetune ehrbert` wrote.")
     made = json.loads(path.read_text())
     data = _from_dict(NoteArguments, made["data"])
     data = data if arguments.data is None else replace(data, data=arguments.data)
