@@ -29,7 +29,7 @@ datasets:
   - name: world
     source: synthetic
     options: {patients: 60, codes: 20, codes_per_note: 3, missed: 0.02}
-    min_patients: 4
+    min_patients: 8
 draws: 2
 tokenizer: {vocab_size: 400, min_frequency: 2}
 encoders: {tiny: {preset: tiny, hidden_size: 16, intermediate_size: 32, num_attention_heads: 2}}
@@ -94,7 +94,7 @@ def test_labels_in_and_out_of_scope_are_all_labels(spec, work):
         inside = [{scope.codes[i] for i in row.indices} for row in scope.truth[split]]
         assert inside == [each & set(scope.codes) for each in codes]
         assert scope.out_of_scope[split].tolist() == [len(each - set(scope.codes)) for each in codes]
-    assert scope.out_of_scope["test"].sum() > 0  # 20 codes of 4 patients and more: the rarest are none
+    assert scope.out_of_scope["test"].sum() > 0  # 20 codes of 8 patients and more: the rarest are none
     assert scope.never_seen["train"].sum() == 0
     assert (scope.never_seen["test"] <= scope.out_of_scope["test"]).all()
 
@@ -180,7 +180,7 @@ def test_a_coder_is_evaluated_beside_its_rivals_and_gets_a_card(spec, work, tmp_
     data = NoteArguments(data=notes.arguments.data, max_length=128)
     settings = {"num_train_epochs": 1, "logging_strategy": "no", "report_to": "none", "disable_tqdm": True}
     training = TrainingArguments(output_dir=str(tmp_path / "coder"), **settings)
-    train_coder(data, CoderArguments(model=str(encoder), min_patients=4), training)
+    train_coder(data, CoderArguments(model=str(encoder), min_patients=8), training)
     table = evaluate_coder(CoderEvaluateArguments(str(tmp_path / "coder"), str(tmp_path / "evaluation")))
     rows = list(csv.DictReader(table.with_suffix(".csv").open()))
     assert [row["row"] for row in rows] == ["Frequency", "String match", "TF-IDF LR", "EhrBertForICDCoding"]
@@ -209,7 +209,7 @@ def test_categories_hold_each_code_once_a_note(spec, work, tmp_path):
 
 def test_a_prepared_folder_is_read_where_it_lies(spec, work, tmp_path):
     made = CodingBench(spec, work).notes(spec.datasets[0])
-    data = CodingData("again", folder=made.arguments.data, min_patients=4)
+    data = CodingData("again", folder=made.arguments.data, min_patients=8)
     notes = CodedNotes(data, spec.tokenizer, tmp_path)
     notes.make()
     assert notes.scope.codes == made.scope.codes
@@ -229,7 +229,7 @@ def test_a_prepared_folder_is_read_where_it_lies(spec, work, tmp_path):
         ("name: CAML", "nme: CAML", "unknown fields"),
         ("[BERT, XML]", "[BERT, CAML 2]", "`comparisons`"),
         ("source: synthetic", "source: synthetic\n    folder: a", "either a `source` or a prepared `folder`"),
-        ("min_patients: 4", "level: chapter", "`level` of 'world'"),
+        ("min_patients: 8", "level: chapter", "`level` of 'world'"),
     ],
 )
 def test_a_mistake_in_a_specification_is_named_before_anything_runs(tmp_path, old, new, message):
