@@ -23,7 +23,7 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_ehrtext import EhrTextConfig
 from .modeling_ehr import packed_borders
 from .modeling_ehrtext_layers import MaxPooling, MultiHeadPooling, init_layer, new_encoder, note_tokens
-from .modeling_icd_coding import checked_notes
+from .modeling_icd_coding import check_labels, checked_notes
 from .modeling_label_attention import LabelAttentionHead, UnitTokens, weighted_bce
 
 
@@ -181,7 +181,12 @@ class EhrTextForICDCoding(EhrTextPreTrainedModel):
         # Not in the signature: there the Trainer would take it for labels, and drop the evaluation loss without it.
         label_ids = kwargs.pop("output_label_attentions", None)
         tokens, shape = self.model.encode(input_ids, attention_mask, note_index, cu_seqlens, max_seqlen, inputs_embeds)
-        self._check(labels, label_ids, tokens.steps.shape[0])
+        if label_ids is not None and self.config.head != "label_attention":
+            raise ValueError(
+                f"`output_label_attentions` needs `head='label_attention'`, got {self.config.head!r}. Use another "
+                "method of explanation for this head."
+            )
+        check_labels(labels, label_ids, (tokens.steps.shape[0], self.num_labels))
         logits, loss = self._scores(tokens, labels, num_items_in_batch)
         return EhrTextForICDCodingOutput(
             loss=loss, logits=logits, label_attentions=self._evidence(tokens, label_ids, shape)
@@ -205,23 +210,6 @@ class EhrTextForICDCoding(EhrTextPreTrainedModel):
             return None
         ids = torch.as_tensor(label_ids, device=tokens.places.device)
         return tokens.spread(self.head.weights(tokens, ids), shape)
-
-    def _check(self, labels, label_ids, num_notes: int) -> None:
-        if labels is not None and labels.shape != (num_notes, self.num_labels):
-            raise ValueError(
-                f"`labels` must have shape {(num_notes, self.num_labels)} (notes, labels), got {tuple(labels.shape)}. "
-                "Give 0 or 1 for each label of `config.id2label`, and `note_index` where notes have several segments."
-            )
-        if label_ids is not None and self.config.head != "label_attention":
-            raise ValueError(
-                f"`output_label_attentions` needs `head='label_attention'`, got {self.config.head!r}. Use another "
-                "method of explanation for this head."
-            )
-        if label_ids is not None and not all(0 <= index < self.num_labels for index in label_ids):
-            raise ValueError(
-                f"`output_label_attentions` must be ids in [0, {self.num_labels}), got others. Look them up in "
-                "`config.label2id`."
-            )
 
 
 EhrTextModel.register_for_auto_class("AutoModel")

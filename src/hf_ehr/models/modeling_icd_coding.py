@@ -52,6 +52,19 @@ def checked_notes(note_index: torch.Tensor | None, segments: int, device) -> tup
     return note_index, int(note_index[-1]) + 1
 
 
+def check_labels(labels: torch.Tensor | None, label_ids: Any, shape: tuple[int, int]) -> None:
+    """Refuses labels that are not (notes, num_labels), and ids of labels that there are not."""
+    if labels is not None and labels.shape != shape:
+        raise ValueError(
+            f"`labels` must have shape {shape} (notes, labels), got {tuple(labels.shape)}. Give 0 or 1 for each label "
+            "of `config.id2label`, and `note_index` where notes have several segments."
+        )
+    if label_ids is not None and not all(0 <= index < shape[1] for index in label_ids):
+        raise ValueError(
+            f"`output_label_attentions` must be ids in [0, {shape[1]}), got others. Look them up in `config.label2id`."
+        )
+
+
 class ICDCodingMixin:
     """The head, the loss over notes, and what makes a model from another's encoder."""
 
@@ -144,7 +157,9 @@ class ICDCodingMixin:
         packed = packed_borders(states, attention_mask, cu_seqlens, max_seqlen)
         segments = len(states) if packed is None else len(packed.cu_seqlens) - 1
         notes, num_notes = checked_notes(note_index, segments, states.device)
-        self._check_labels(labels, label_ids, num_notes)
+        if label_ids is not None and self.config.head != "xml":
+            raise ValueError("`output_label_attentions` needs label attention, got `head='cls'`. Use `head='xml'`.")
+        check_labels(labels, label_ids, (num_notes, self.num_labels))
         # A unit is what is scored at once: a segment, or a note with all its segments.
         by_segment = self.config.head == "cls" or self.config.segment_pooling == "max"
         owners = notes if by_segment else torch.arange(num_notes, device=states.device)
@@ -172,22 +187,6 @@ class ICDCodingMixin:
         if len(scores) != len(logits):
             weights = weights * _deciding(scores[:, ids], logits[:, ids], owners)[..., None]
         return tokens.spread(weights, tuple(shape[:2]))
-
-    def _check_labels(self, labels, label_ids, num_notes: int) -> None:
-        if labels is not None and labels.shape != (num_notes, self.num_labels):
-            raise ValueError(
-                f"`labels` must have shape {(num_notes, self.num_labels)} (notes, labels), got {tuple(labels.shape)}. "
-                "Give 0 or 1 for each label of `config.id2label`, and `note_index` where notes have several segments."
-            )
-        if label_ids is None:
-            return
-        if self.config.head != "xml":
-            raise ValueError("`output_label_attentions` needs label attention, got `head='cls'`. Use `head='xml'`.")
-        if not all(0 <= index < self.num_labels for index in label_ids):
-            raise ValueError(
-                f"`output_label_attentions` must be ids in [0, {self.num_labels}), got others. Look them up in "
-                "`config.label2id`."
-            )
 
 
 def _open_encoder(encoder: str | Path | PreTrainedModel) -> Any:
