@@ -67,6 +67,7 @@ def test_the_page_holds_the_note_and_its_codes(road):
         (["fit-text-tokenizer", "--data", "nowhere", "--output", "x"], "must hold `dataset.json`"),
         (["fit-text-tokenizer", "--data", "nowhere", "--output", "x", "--vocabulary", "bpe"], "`vocabulary` must be"),
         (["pretrain", "ehrbert", "--data", "nowhere", "--output_dir", "x", "--report_to", "none"], "`dataset.json`"),
+        (["evaluate-coder", "--model", "nowhere", "--output", "x"], "coder.json is missing"),
         (["highlight", "--model", "nowhere", "--note", "nothing.txt", "--output", "x"], "`note` must be a text file"),
     ],
 )

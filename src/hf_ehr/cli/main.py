@@ -16,6 +16,7 @@ COMMANDS = {
     "pretrain": "records or notes → pre-trained model folder",
     "finetune": "pre-trained model + task or codes of notes → classifier or coder folder",
     "evaluate": "classifier folder → table with intervals and baselines, calibration plot, model card",
+    "evaluate-coder": "coder folder → tables with intervals and baselines, per-code figures, model card",
     "highlight": "coder folder + one note → its codes and what they rest on, as an HTML page",
     "report": "YAML file of rows × tasks × sizes → table, figures and comparisons of a whole experiment",
     "transfer": "checkpoint + another tokenizer → checkpoint with that vocabulary",

@@ -9,6 +9,8 @@ from typing import Any, cast
 from transformers import TrainingArguments, pipeline
 
 from hf_ehr.cli._arguments import json_option, parse, positional
+from hf_ehr.coder_evaluation import CoderEvaluateArguments
+from hf_ehr.coder_evaluation import evaluate_coder as evaluate
 from hf_ehr.notes import format_notes_summary, oov_per_note
 from hf_ehr.notes import prepare_notes as prepare
 from hf_ehr.pipelines import TASK, highlight_note
@@ -123,6 +125,13 @@ def finetune_ehrbert(words: list[str]) -> None:
     folder = train_coder(data, options, arguments)
     if arguments.process_index == 0:
         print(f"Next: hf-ehr evaluate-coder --model {folder} --output {folder}/evaluation")
+
+
+def evaluate_coder(words: list[str]) -> None:
+    """``hf-ehr evaluate-coder --model DIR --output DIR``."""
+    example = "hf-ehr evaluate-coder --model coder/ --output coder/evaluation"
+    (arguments,) = parse("evaluate-coder", example, words, CoderEvaluateArguments)
+    print(evaluate(arguments).read_text())
 
 
 def highlight(words: list[str]) -> None:
