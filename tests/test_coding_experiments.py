@@ -42,6 +42,13 @@ rows:
   - {name: TF-IDF, model: tfidf_lr}
   - {name: CAML, model: caml, model_options: {embedding_size: 8, hidden_size: 8}, learning_rates: [1.0e-3, 1.0e-2]}
   - {name: XML, model: ehrbert, size: tiny, init: pretrained, max_length: 128}
+  - name: XML, bf16
+    model: ehrbert
+    size: tiny
+    init: random
+    label_init: random
+    max_length: 128
+    training: {bf16: true}
   - {name: BERT, model: ehrbert, encoder: "${NO_SUCH_ENCODER}", head: cls}
 comparisons:
   - [XML, TF-IDF]
@@ -70,7 +77,7 @@ def files(folder):
 def test_every_cell_scores_every_note_of_its_split_with_every_code(spec, work):
     bench = CodingBench(spec, work)
     scope = bench.notes(spec.datasets[0]).scope
-    assert len(cells(spec)) == 1 + 2 + 2  # one fit of the baseline, two seeds of what is trained, none of BERT
+    assert len(cells(spec)) == 1 + 2 + 2 + 2  # one fit of the baseline, two seeds of what is trained, none of BERT
     for cell in cells(spec):
         kept = np.load(bench.path(cell))
         for split in ("validation", "test"):
@@ -114,8 +121,7 @@ def test_a_second_run_computes_nothing_and_one_lost_cell_is_computed_alone(spec,
 
 
 def test_a_cell_is_known_by_what_determines_it_and_not_by_its_name(spec, work):
-    bench, cell = CodingBench(spec, work), cells(spec)[-1]
-    assert cell.row.name == "XML"
+    bench, cell = CodingBench(spec, work), next(cell for cell in cells(spec) if cell.row.name == "XML")
     assert bench.path(replace(cell, row=replace(cell.row, name="another"))) == bench.path(cell)
     others = [
         replace(cell, draw=7),
@@ -148,7 +154,7 @@ def test_a_report_is_written_whole_and_says_what_did_not_run(spec, work, tmp_pat
     assert [path.name for path in paths] == [f"small{suffix}" for suffix in suffixes]
     assert all(path.stat().st_size for path in paths)
     rows = list(csv.DictReader((tmp_path / "small.csv").open()))
-    assert [row["row"] for row in rows] == ["TF-IDF", "CAML", "XML"]
+    assert [row["row"] for row in rows] == ["TF-IDF", "CAML", "XML", "XML, bf16"]
     _, scored, _ = read_rows(CodingBench(spec, work), spec.datasets[0])
     draws = [multilabel_scores(one)["auroc_micro"] for one in scored["CAML"].test]
     assert float(rows[1]["auroc_micro"]) == pytest.approx(np.mean(draws), abs=1e-6)
@@ -160,21 +166,21 @@ def test_a_report_is_written_whole_and_says_what_did_not_run(spec, work, tmp_pat
     assert [(one["row"], one["metric"]) for one in differences] == [("XML", "auroc_micro"), ("XML", "auroc_macro")]
     assert json.loads((tmp_path / "small.json").read_text())["failures"] == {}
     codes = list(csv.DictReader((tmp_path / "small-codes.csv").open()))
-    assert len(codes) == 3 * len(CodingBench(spec, work).notes(spec.datasets[0]).scope.codes)
+    assert len(codes) == 4 * len(CodingBench(spec, work).notes(spec.datasets[0]).scope.codes)
 
 
 def test_a_failing_row_is_named_and_the_others_are_there(spec, work, tmp_path, monkeypatch):
     monkeypatch.setenv("NO_SUCH_ENCODER", str(tmp_path / "nothing"))
-    failures = run(replace(spec, rows=(spec.rows[0], spec.rows[3]), comparisons=()), work, workers=1)
+    failures = run(replace(spec, rows=(spec.rows[0], spec.rows[-1]), comparisons=()), work, workers=1)
     assert sorted(failures) == ["BERT, world, seed 0", "BERT, world, seed 1"]
     _, rows, missing = read_rows(CodingBench(spec, work), spec.datasets[0])
-    assert list(rows) == ["TF-IDF", "CAML", "XML"]
+    assert list(rows) == ["TF-IDF", "CAML", "XML", "XML, bf16"]
     assert missing == ["BERT, world"]
 
 
 def test_a_coder_is_evaluated_beside_its_rivals_and_gets_a_card(spec, work, tmp_path):
     bench = CodingBench(spec, work)
-    cell = cells(spec)[-1]
+    cell = next(cell for cell in cells(spec) if cell.row.name == "XML")
     notes = bench.notes(cell.data)
     encoder = checkpoint_folder(notes, spec, cell.row, 0)
     data = NoteArguments(data=notes.arguments.data, max_length=128)

@@ -9,6 +9,7 @@ import math
 import numpy as np
 import pytest
 
+from hf_ehr.code_thresholds import tune_thresholds
 from hf_ehr.coding_report import CodedRow, CodingTest, adjusted, compare_rows, is_collapsed, score_row
 from hf_ehr.coding_tables import code_records, difference_lines, sections, write_coding_tables
 from hf_ehr.intervals import NO_DIFFERENCE, Interval, crossed_bootstrap
@@ -108,6 +109,14 @@ def test_seeds_are_averaged_and_their_spread_is_that_of_the_single_figures():
         assert found.sd[name] == pytest.approx(np.std(values, ddof=1), abs=1e-6)
     assert found.points["f1_macro_caml"] == pytest.approx(np.mean([one["f1_macro_caml"] for one in alone]))
     assert (found.draws, list(found.epochs)) == (3, [1, 2, 3])
+
+
+def test_thresholds_are_those_of_validation():
+    _, strong, _ = drawn_rows()
+    swapped = CodedRow("swapped", strong.test, strong.validation)
+    expected = [tune_thresholds(one).common for one in strong.validation]
+    assert strong.thresholds() == expected
+    assert all(mine != other for mine, other in zip(expected, swapped.thresholds(), strict=True))
 
 
 def test_a_difference_is_the_paired_one_and_its_interval_that_of_the_same_resamples():

@@ -184,14 +184,9 @@ def _out_of_scope(data: NoteArguments, note_ids: list[str], codes: list[str]) ->
     import polars as pl
 
     labels = pl.DataFrame(data.folder.labels().select(["note_id", "code"])).unique()
-    counts = labels.filter(~pl.col("code").is_in(codes)).group_by("note_id").len()
+    counts = labels.filter(~pl.col("code").is_in(codes)).group_by("note_id").agg(pl.len().cast(pl.Int64))
     notes = pl.DataFrame(pa.table({"note_id": note_ids}))
-    return (
-        notes.join(counts, on="note_id", how="left", maintain_order="left")["len"]
-        .fill_null(0)
-        .cast(pl.Int64)
-        .to_numpy()
-    )
+    return notes.join(counts, on="note_id", how="left", maintain_order="left")["len"].fill_null(0).to_numpy()
 
 
 def _held(scores: np.ndarray, truth: sparse.csr_array) -> MultilabelPredictions:

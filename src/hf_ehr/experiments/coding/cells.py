@@ -171,6 +171,7 @@ class CodingBench:
     def _fitted(self, cell: CodingCell, learning_rate: float) -> tuple[Any, Any, int]:
         """The trained model, its tokenizer, and the epochs until it was nearly as good as at its best."""
         settings: dict[str, Any] = {"logging_strategy": "no", "report_to": "none", "disable_tqdm": True}
+        settings |= {"use_cpu": not torch.cuda.is_available()}  # else bf16 is refused without an accelerator
         settings |= self.spec.finetuning | cell.row.training
         patience = settings.pop("patience", None)
         model, tokenizer = self._coder(cell)

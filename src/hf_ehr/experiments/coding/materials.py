@@ -146,14 +146,9 @@ class CodedNotes:
     def _missing(self, split: str, note_ids: list[str], known: Any) -> np.ndarray:
         """Codes of each note that are not among ``known``."""
         others = self._labels_of(split).filter(~pl.col("code").is_in(list(known)))
-        counts = others.group_by("note_id").len()
+        counts = others.group_by("note_id").agg(pl.len().cast(pl.Int64))
         notes = pl.DataFrame({"note_id": note_ids}, schema={"note_id": pl.String})
-        return (
-            notes.join(counts, on="note_id", how="left", maintain_order="left")["len"]
-            .fill_null(0)
-            .cast(pl.Int64)
-            .to_numpy()
-        )
+        return notes.join(counts, on="note_id", how="left", maintain_order="left")["len"].fill_null(0).to_numpy()
 
 
 def write_categories(source: NoteFolder, output: Path) -> None:
