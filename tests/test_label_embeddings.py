@@ -8,7 +8,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 from hf_ehr import EhrBertConfig, EhrBertForICDCoding, ontology
-from hf_ehr.label_embeddings import init_label_embeddings, label_descriptions
+from hf_ehr.label_embeddings import init_label_embeddings
 from hf_ehr.notes import fit_word_tokenizer
 
 CODES = ["ICD10CM/E11.9", "ICD10CM/I50.9", "ICD10CM/E11", "LOCAL/42"]
@@ -25,16 +25,6 @@ def coder(tokenizer, codes=CODES, **options) -> EhrBertForICDCoding:
     torch.manual_seed(0)
     labels = {"id2label": dict(enumerate(codes)), "label2id": {code: i for i, code in enumerate(codes)}}
     return EhrBertForICDCoding(EhrBertConfig.tiny(vocab_size=len(tokenizer), **labels, **options)).eval()
-
-
-def test_a_code_without_a_name_takes_that_of_its_nearest_named_ancestor():
-    own, extended, category, local = label_descriptions(
-        ["ICD10CM/E11.9", "ICD10CM/E11.9X9", "ICD10CM/E11", "LOCAL/42"]
-    )
-    assert own == "Type 2 diabetes mellitus without complications"
-    assert extended == own
-    assert category in ("Type 2 diabetes mellitus", "Diabetes mellitus")  # without simple-icd-10-cm: its block
-    assert local is None
 
 
 @pytest.mark.parametrize("padding", [0, 7], ids=["alone", "beside a longer text"])

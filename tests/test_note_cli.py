@@ -26,6 +26,7 @@ def road(tmp_path_factory):
          "tiny", "--max_length", "128", "--max_steps", "2", *QUIET],
         ["finetune", "ehrbert", "--data", "notes", "--model", "encoder", "--output_dir", "coder", "--max_length",
          "128", "--max_steps", "2", "--auto_code_precision", "0.5", *QUIET],
+        ["evaluate-evidence", "--model", "coder", "--output", "evaluation", "--notes", "3"],
         ["highlight", "--model", "coder", "--note", "note.txt", "--output", "note.html"],
     ]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
@@ -51,6 +52,11 @@ def test_no_folder_but_the_prepared_one_holds_notes(road):
         assert not (road / name / "examples").exists()
 
 
+def test_evidence_stands_beside_what_needs_no_model(road):
+    table = (road / "evaluation" / "evidence.md").read_text()
+    assert all(row in table for row in ("label attention", "random", "string match", "ceiling"))
+
+
 def test_the_page_holds_the_note_and_its_codes(road):
     page = (road / "note.html").read_text()
     assert all(word in page for word in ("Hip", "fracture", "operated"))  # the text is there in pieces
@@ -67,6 +73,7 @@ def test_the_page_holds_the_note_and_its_codes(road):
         (["fit-text-tokenizer", "--data", "nowhere", "--output", "x"], "must hold `dataset.json`"),
         (["fit-text-tokenizer", "--data", "nowhere", "--output", "x", "--vocabulary", "bpe"], "`vocabulary` must be"),
         (["pretrain", "ehrbert", "--data", "nowhere", "--output_dir", "x", "--report_to", "none"], "`dataset.json`"),
+        (["evaluate-evidence", "--model", "nowhere", "--output", "x"], "coder.json is missing"),
         (["evaluate-coder", "--model", "nowhere", "--output", "x"], "coder.json is missing"),
         (["highlight", "--model", "nowhere", "--note", "nothing.txt", "--output", "x"], "`note` must be a text file"),
     ],

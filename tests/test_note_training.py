@@ -209,6 +209,7 @@ def test_a_coder_learns_the_words_of_its_codes_and_stores_thresholds_by_name(dat
     predictions = predict_codes(model, examples, tokenizer)
     tuned = tune_thresholds(predictions)
     assert model.config.thresholds == pytest.approx(dict(zip(names, tuned.per_label, strict=True)))
+    assert model.config.common_threshold == pytest.approx(tuned.common)
     assert 0 < model.config.auto_code_thresholds[names[0]] <= NEVER
     hits, predicted, present = predictions.confusion(tuned.common)[1]
     assert 2 * hits.sum() / (predicted.sum() + present.sum()) > 0.9  # one word decides each code

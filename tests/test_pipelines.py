@@ -89,6 +89,8 @@ def test_a_code_is_auto_coded_or_reviewed_from_its_own_threshold_on(tokenizer):
     assert decisions({S72: 0.9}, {S72: 0.7}) == ["auto-code", "review", "ignore"]
     assert decisions({S72: 2.0}, {J45: 2.0}) == ["ignore", "review", "ignore"]
     assert decisions({J45: 0.7, LOCAL: 0.3}, {S72: 0.75}, threshold=0.61) == ["auto-code", "ignore", "ignore"]
+    model.config.common_threshold = 0.35
+    assert decisions({J45: 0.7}, None) == ["review", "ignore", "review"]
 
 
 def test_descriptions_come_from_the_argument_then_the_configuration_then_the_public_lists(tokenizer):

@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from scipy import sparse
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from . import note_baselines
 from .coding_report import DEFINITIONS, CodedRow, CodingTest, adjusted, compare_rows, score_row
 from .coding_tables import difference_lines, sections, write_coding_tables
-from .label_embeddings import label_descriptions
+from .evidence_report import evidence_report
+from .explanations import code_descriptions
 from .multilabel_predictions import MultilabelPredictions
 from .note_datasets import build_coding_examples
 from .schema import EhrDataError, atomic_path
@@ -75,14 +77,7 @@ def evaluate_coder(arguments: CoderEvaluateArguments) -> Path:
         EhrDataError: The folder was not written by `hf-ehr finetune ehrbert`.
         LeakageError: A test patient was in an earlier training stage.
     """
-    path = Path(arguments.model) / CODER_FILE
-    if not path.is_file():
-        raise EhrDataError(f"{path} is missing. `model` must be a folder that `hf-ehr finetune ehrbert` wrote.")
-    made = json.loads(path.read_text())
-    data = _from_dict(NoteArguments, made["data"])
-    data = data if arguments.data is None else replace(data, data=arguments.data)
-    check_earlier_stage(arguments.model, data.manifest())
-    test, rows = coded_rows(arguments.model, data, _from_dict(CoderArguments, made["options"]))
+    test, rows = coded_rows(arguments.model, *_made(arguments.model, arguments.data))
     results = [score_row(test, row) for row in rows]
     ours = rows[-1]
     differences = adjusted([one for rival in rows[:-1] for one in compare_rows(test, ours, rival, COMPARED)])
@@ -101,6 +96,46 @@ def evaluate_coder(arguments: CoderEvaluateArguments) -> Path:
     )
     write_coder_card(Path(arguments.model), len(test.codes), "\n".join(["## Figures", "", *lines]))
     return paths[0]
+
+
+@dataclass
+class EvidenceArguments:
+    """Arguments of `hf-ehr evaluate-evidence`."""
+
+    model: str = field(metadata={"help": "Folder that `hf-ehr finetune ehrbert` wrote."})
+    output: str = field(metadata={"help": "Folder for the table."})
+    data: str | None = field(default=None, metadata={"help": "Folder of notes; the one of training when left out."})
+    notes: int = field(default=100, metadata={"help": "Most notes of validation and of test that are explained."})
+
+
+def evaluate_evidence(arguments: EvidenceArguments) -> Path:
+    """Scores a coder's evidence against the spans of the test notes, beside random spans and string match.
+
+    Thresholds are tuned on validation notes. Explaining a code takes about ten passes over its note.
+
+    Returns:
+        Path of `evidence.md`.
+
+    Raises:
+        EhrDataError: The folder was not written by `hf-ehr finetune ehrbert`, or no span marks a code it knows.
+        LeakageError: A test patient was in an earlier training stage.
+    """
+    data, _ = _made(arguments.model, arguments.data)
+    model: Any = AutoModelForSequenceClassification.from_pretrained(arguments.model)
+    spans = data.folder.spans()
+    marked = pc.unique(spans.filter(pc.is_in(spans["code"], pa.array(list(model.config.label2id))))["note_id"])
+    parts = {}
+    for name in ("validation", "test"):
+        ids = data.splits[name].filter(pc.is_in(data.splits[name], marked))[: arguments.notes]
+        parts[name] = pa.concat_tables(data.folder.notes(ids)), spans.filter(pc.is_in(spans["note_id"], ids))
+    report = evidence_report(
+        model, AutoTokenizer.from_pretrained(arguments.model), *parts["test"], validation_notes=parts["validation"][0],
+        validation_spans=parts["validation"][1], max_length=data.max_length,
+    )  # fmt: skip
+    path = Path(arguments.output) / "evidence.md"
+    with atomic_path(path) as temporary:
+        temporary.write_text(f"# Evidence of {Path(arguments.model).name}\n\n{report.markdown()}\n", encoding="utf-8")
+    return path
 
 
 def coded_rows(model: str | Path, data: NoteArguments, options: CoderArguments) -> tuple[CodingTest, list[CodedRow]]:
@@ -123,12 +158,12 @@ def coded_rows(model: str | Path, data: NoteArguments, options: CoderArguments) 
         for name, part in ids.items()
     }  # fmt: skip
     truth = {name: _matrix(part["labels"][:], len(codes)) for name, part in examples.items()}
-    rows = _rivals(data, ids, truth, codes, coder.config.label_descriptions)
+    names = code_descriptions(coder, codes)
+    rows = _rivals(data, ids, truth, names)
     validation, held = (predict_codes(coder, examples[name], tokenizer) for name in ("validation", "test"))
     rows.append(CodedRow(type(coder).__name__, [validation], [held]))
     subjects = np.asarray(examples["test"]["subject_id"][:])
     notes = [f"{len(examples[name]):,} {name} notes" for name in examples]
-    names = _descriptions(codes, coder.config.label_descriptions)
     counts = np.asarray(truth["train"].sum(axis=0)).ravel()
     beyond = _out_of_scope(data, examples["test"]["note_id"][:], codes)
     test = CodingTest("test notes", codes, names, counts, subjects, beyond, notes=[", ".join(notes) + "."])
@@ -147,15 +182,14 @@ def write_coder_card(folder: Path, labels: int, table: str) -> None:
         ModelCard(CARD.format(meta=meta.to_yaml(), labels=labels, table=table)).save(temporary)
 
 
-def _rivals(data: NoteArguments, ids: Any, truth: Any, codes: list[str], described: Any) -> list[CodedRow]:
+def _rivals(data: NoteArguments, ids: Any, truth: Any, names: list[str | None]) -> list[CodedRow]:
     texts = {
         name: [text for table in data.folder.notes(part, ["text"]) for text in table["text"].to_pylist()]
         for name, part in ids.items()
     }
     matrices = {name: matrix for name, matrix in truth.items() if name != "test"}
     matrices["test"] = sparse.csr_array(truth["test"].shape, dtype=np.int8)  # rivals are shown no test code
-    parts = [note_baselines.CodedTexts.of(texts[name], matrices[name], len(codes)) for name in texts]
-    names = _descriptions(codes, described)
+    parts = [note_baselines.CodedTexts.of(texts[name], matrices[name], len(names)) for name in texts]
     scores = (
         note_baselines.frequency(*parts),
         [note_baselines.string_match(texts[name], names) for name in ("validation", "test")],
@@ -166,10 +200,6 @@ def _rivals(data: NoteArguments, ids: Any, truth: Any, codes: list[str], describ
         CodedRow(rival, [_held(validation, truth["validation"])], [_held(test, answer)])
         for rival, (validation, test) in zip(RIVALS, scores, strict=True)
     ]
-
-
-def _descriptions(codes: list[str], described: Any) -> list[str | None]:
-    return label_descriptions(codes) if described is None else [described.get(code) for code in codes]
 
 
 def _matrix(lists: Any, n_labels: int) -> sparse.csr_array:
@@ -193,6 +223,18 @@ def _held(scores: np.ndarray, truth: sparse.csr_array) -> MultilabelPredictions:
     predictions = MultilabelPredictions(truth.shape[1])
     predictions.add(scores, truth)
     return predictions
+
+
+def _made(model: str, other_data: str | None) -> tuple[NoteArguments, CoderArguments]:
+    """The notes of a coder and how it was trained; its test patients must be strangers to it."""
+    path = Path(model) / CODER_FILE
+    if not path.is_file():
+        raise EhrDataError(f"{path} is missing. `model` must be a folder that `hf-ehr finetune ehrbert` wrote.")
+    made = json.loads(path.read_text())
+    data = _from_dict(NoteArguments, made["data"])
+    data = data if other_data is None else replace(data, data=other_data)
+    check_earlier_stage(model, data.manifest())
+    return data, _from_dict(CoderArguments, made["options"])
 
 
 def _from_dict(kind: Any, content: dict) -> Any:

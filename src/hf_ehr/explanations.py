@@ -17,7 +17,7 @@ from torch import nn
 
 from hf_ehr._encoders import evaluating, segment_length
 from hf_ehr._scores import Array
-from hf_ehr.ontology import describe
+from hf_ehr.ontology import nearest_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -258,9 +258,12 @@ class _Head(nn.Module):
 def code_descriptions(
     model: Any, codes: Sequence[str], descriptions: Mapping[str, str] | None = None
 ) -> list[str | None]:
-    """The description of each code: as given, else of ``config.label_descriptions``, else of the public lists."""
+    """The description of each code: as given, else of ``config.label_descriptions``, else of the public lists.
+
+    A code that the lists do not name takes the name of its nearest ancestor.
+    """
     own = (model.config.label_descriptions or {}) | dict(descriptions or {})
-    return [own.get(code, name) for code, name in zip(codes, describe(codes), strict=True)]
+    return [own.get(code, name) for code, name in zip(codes, nearest_name(codes), strict=True)]
 
 
 def check_method(method: str, model: Any) -> None:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from tqdm.auto import tqdm
 
 from hf_ehr import ontology
-from hf_ehr.models.code_hierarchy import ancestors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,22 +44,6 @@ class LabelInitReport:
         )
 
 
-def label_descriptions(codes: Sequence[str]) -> list[str | None]:
-    """English names of codes, offline; one without a name takes that of its nearest named ancestor.
-
-    Names of ICD-10-CM categories need `simple-icd-10-cm` (extra `icd10`); without it a category takes its block's.
-
-    Args:
-        codes: ``VOCABULARY/CODE``.
-
-    Returns:
-        One name per code, ``None`` where nothing above the code has a name either.
-    """
-    lines = [_line(code) for code in codes]
-    names = _names([code for line in lines for code in line])
-    return [next((names[code] for code in line if names[code] is not None), None) for line in lines]
-
-
 def init_label_embeddings(
     model: EhrBertForICDCoding,
     tokenizer: PreTrainedTokenizerBase,
@@ -81,7 +63,7 @@ def init_label_embeddings(
             ``word_embeddings``: token embeddings. ``parent_sum``: ``final_layer`` summed over the code and its named
             ancestors, over their number, so that siblings start near each other. ``random``: nothing is changed.
         descriptions: Label name → text; by default `config.label_descriptions` and, for the others,
-            :func:`label_descriptions`.
+            :func:`hf_ehr.ontology.nearest_name`.
 
     Raises:
         ValueError: ``method`` is not known, or the model has no label vectors.
@@ -113,28 +95,16 @@ def _texts(
     """The text of each label, and whether it is its own and not an ancestor's."""
     if descriptions is not None:
         return [descriptions.get(label) for label in labels], [True] * len(labels)
-    names, public = _names(labels), label_descriptions(labels)
+    names, public = ontology.known_names(labels), ontology.nearest_name(labels)
     texts = [of_the_model.get(label, text) for label, text in zip(labels, public, strict=True)]
     return texts, [label in of_the_model or names[label] is not None for label in labels]
 
 
 def _above(labels: Sequence[str]) -> list[list[str]]:
     """The names of all named ancestors of each label."""
-    lines = [_line(label)[1:] for label in labels]
-    names = _names([code for line in lines for code in line])
+    lines = [ontology.lineage(label)[1:] for label in labels]
+    names = ontology.known_names([code for line in lines for code in line])
     return [[name for code in line if (name := names[code])] for line in lines]
-
-
-def _line(code: str) -> list[str]:
-    """A code and all above it, nearest first."""
-    ranges = [name for above in (ontology.block, ontology.chapter) for name in above([code]) if name is not None]
-    return [code, *ancestors(code), *ranges]
-
-
-def _names(codes: Sequence[str]) -> dict[str, str | None]:
-    distinct = list(dict.fromkeys(codes))
-    tree = any(code.startswith("ICD10CM/") for code in distinct) and find_spec("simple_icd_10_cm") is not None
-    return dict(zip(distinct, ontology.describe(distinct, non_billable=tree), strict=True))
 
 
 @torch.no_grad()

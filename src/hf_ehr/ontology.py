@@ -14,6 +14,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from importlib import resources
+from importlib.util import find_spec
 from typing import Any, Literal
 
 from hf_ehr.models import code_hierarchy
@@ -121,6 +122,40 @@ def describe(codes: Iterable[str], *, non_billable: bool = False) -> list[str | 
             bare = code.removeprefix("ICD10CM/")
             if names[position] is None and bare != code and tree.is_valid_item(bare):
                 names[position] = tree.get_description(bare)
+    return names
+
+
+def nearest_name(codes: Iterable[str]) -> list[str | None]:
+    """The name of each code, else of the nearest thing above it that has one: subcategory, category, block, chapter.
+
+    Without ``simple-icd-10-cm`` ICD-10-CM categories have no names, and a category takes its block's.
+    """
+    codes = list(codes)
+    names = describe(codes)
+    lines = {code: lineage(code) for code, name in zip(codes, names, strict=True) if name is None}
+    known = known_names([above for line in lines.values() for above in line])
+    return [
+        next((known[above] for above in lines[code] if known[above]), None) if name is None else name
+        for code, name in zip(codes, names, strict=True)
+    ]
+
+
+def lineage(code: str) -> list[str]:
+    """A code and everything above it, nearest first: ancestors by its digits, then block and chapter."""
+    return [
+        code,
+        *ancestors(code),
+        *(name for above in (block, chapter) for name in above([code]) if name is not None),
+    ]
+
+
+def known_names(codes: Iterable[str]) -> dict[str, str | None]:
+    """Code → its own name, those of ICD-10-CM categories included where ``simple-icd-10-cm`` is installed."""
+    distinct = list(dict.fromkeys(codes))
+    names = dict(zip(distinct, describe(distinct), strict=True))
+    categories = [code for code, name in names.items() if name is None and code.startswith("ICD10CM/")]
+    if categories and find_spec("simple_icd_10_cm") is not None:
+        names |= zip(categories, describe(categories, non_billable=True), strict=True)
     return names
 
 

@@ -39,9 +39,9 @@ class ICDCodingPipeline(_Base):
 
     Every code is a dict with ``code`` (the label's name), ``description`` (``None`` where nothing knows one),
     ``probability``, ``decision`` and ``spans``. The decision is ``auto-code`` from the code's
-    ``config.auto_code_thresholds`` on, ``review`` from its ``config.thresholds`` on, else ``ignore``; without a
-    threshold a code is worth a review from 0.5 on, and never coded automatically. A span has ``start`` and ``end`` in
-    characters of the note as it was given, ``text`` and ``weight``.
+    ``config.auto_code_thresholds`` on, ``review`` from its ``config.thresholds`` on, else ``ignore``. A code without a
+    threshold takes ``config.common_threshold``, else 0.5, and is never coded automatically. A span has ``start`` and
+    ``end`` in characters of the note as it was given, ``text`` and ``weight``.
 
     Example:
     ```python
@@ -183,9 +183,10 @@ class ICDCodingPipeline(_Base):
         codes = [config.id2label[label] for label in model_outputs["labels"]]
         names = code_descriptions(self.model, codes, descriptions)
         own, auto = config.thresholds or {}, config.auto_code_thresholds or {}
+        common = DEFAULT_THRESHOLD if config.common_threshold is None else config.common_threshold
         decisions = decide(
             model_outputs["probabilities"],
-            review=[own.get(code, DEFAULT_THRESHOLD) if threshold is None else threshold for code in codes],
+            review=[own.get(code, common) if threshold is None else threshold for code in codes],
             auto_code=[auto.get(code, NEVER) for code in codes],
         )
         columns = (codes, names, model_outputs["probabilities"], [DECISIONS[one] for one in decisions])

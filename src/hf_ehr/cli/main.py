@@ -17,6 +17,7 @@ COMMANDS = {
     "finetune": "pre-trained model + task or codes of notes → classifier or coder folder",
     "evaluate": "classifier folder → table with intervals and baselines, calibration plot, model card",
     "evaluate-coder": "coder folder → tables with intervals and baselines, per-code figures, model card",
+    "evaluate-evidence": "coder folder + marked notes → how plausible and faithful its evidence is",
     "highlight": "coder folder + one note → its codes and what they rest on, as an HTML page",
     "report": "YAML file of rows × tasks × sizes → table, figures and comparisons of a whole experiment",
     "transfer": "checkpoint + another tokenizer → checkpoint with that vocabulary",

@@ -8,9 +8,8 @@ from typing import Any, cast
 
 from transformers import TrainingArguments, pipeline
 
+from hf_ehr import coder_evaluation
 from hf_ehr.cli._arguments import json_option, parse, positional
-from hf_ehr.coder_evaluation import CoderEvaluateArguments
-from hf_ehr.coder_evaluation import evaluate_coder as evaluate
 from hf_ehr.notes import format_notes_summary, oov_per_note
 from hf_ehr.notes import prepare_notes as prepare
 from hf_ehr.pipelines import TASK, highlight_note
@@ -130,8 +129,15 @@ def finetune_ehrbert(words: list[str]) -> None:
 def evaluate_coder(words: list[str]) -> None:
     """``hf-ehr evaluate-coder --model DIR --output DIR``."""
     example = "hf-ehr evaluate-coder --model coder/ --output coder/evaluation"
-    (arguments,) = parse("evaluate-coder", example, words, CoderEvaluateArguments)
-    print(evaluate(arguments).read_text())
+    (arguments,) = parse("evaluate-coder", example, words, coder_evaluation.CoderEvaluateArguments)
+    print(coder_evaluation.evaluate_coder(arguments).read_text())
+
+
+def evaluate_evidence(words: list[str]) -> None:
+    """``hf-ehr evaluate-evidence --model DIR --output DIR``."""
+    example = "hf-ehr evaluate-evidence --model coder/ --output coder/evaluation"
+    (arguments,) = parse("evaluate-evidence", example, words, coder_evaluation.EvidenceArguments)
+    print(coder_evaluation.evaluate_evidence(arguments).read_text())
 
 
 def highlight(words: list[str]) -> None:

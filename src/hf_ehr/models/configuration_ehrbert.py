@@ -58,7 +58,9 @@ class EhrBertConfig(PreTrainedConfig):
             `max` for `cls`, which has nothing else.
         thresholds: Decision threshold per label name, tuned on validation, stored beside `id2label`; from it on a code
             is worth a coder's review.
-        auto_code_thresholds: The same for codes that need no review; a label that is not named always needs one.
+        common_threshold: One threshold for all labels, with the best micro-F1 on validation: the setting in which
+            papers compare, and what a label without one of its own takes.
+        auto_code_thresholds: As `thresholds`, for codes that need no review; without one a label needs it.
         label_descriptions: Description per label name, where the public code lists have none or another language.
 
     Example:
@@ -106,6 +108,7 @@ class EhrBertConfig(PreTrainedConfig):
     label_output: Literal["shared", "per_label"] = "shared"
     segment_pooling: Literal["attention", "max"] | None = None
     thresholds: dict | None = None
+    common_threshold: float | int | None = None
     auto_code_thresholds: dict | None = None
     label_descriptions: dict | None = None
 

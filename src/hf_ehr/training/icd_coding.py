@@ -221,10 +221,11 @@ def predict_codes(model: Any, examples: datasets.Dataset, tokenizer: Any) -> Mul
 
 
 def store_thresholds(model: Any, validation: MultilabelPredictions, auto_code_precision: float | None = None) -> None:
-    """Tunes thresholds on validation notes and writes them into the configuration, by label name."""
+    """Tunes thresholds on validation notes and writes them into the configuration: by label name, and a common one."""
     names = [model.config.id2label[index] for index in range(model.num_labels)]
     tuned = tune_thresholds(validation)
     model.config.thresholds = dict(zip(names, map(float, tuned.per_label), strict=True))
+    model.config.common_threshold = float(tuned.common)
     if auto_code_precision is not None:
         point = threshold_for(validation, precision=auto_code_precision)
         model.config.auto_code_thresholds = dict.fromkeys(names, point.threshold)

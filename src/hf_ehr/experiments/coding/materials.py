@@ -18,10 +18,10 @@ from transformers import AutoTokenizer, TrainingArguments
 from hf_ehr import ontology
 from hf_ehr.experiments.coding.spec import CodingData, CodingRow, CodingSpec
 from hf_ehr.experiments.spec import digest, expanded
-from hf_ehr.label_embeddings import label_descriptions
 from hf_ehr.notes import NoteFolder, prepare_notes
 from hf_ehr.notes.folder import CODE_TABLE_SCHEMA
 from hf_ehr.notes.tables import LABEL_TABLE_SCHEMA, SPAN_TABLE_SCHEMA
+from hf_ehr.ontology import nearest_name
 from hf_ehr.schema import atomic_folder, atomic_path, shard_name, shard_paths, write_parquet
 from hf_ehr.training import VOCABULARIES, NoteArguments, NotePretrainArguments, codes_in_scope, pretrain_notes
 from hf_ehr.version import __version__
@@ -95,7 +95,7 @@ class CodedNotes:
         seen = set(self._labels_of("train")["code"].to_list())
         return Scope(
             codes=codes,
-            descriptions=label_descriptions(codes),
+            descriptions=nearest_name(codes),
             note_ids={split: part[0] for split, part in found.items()},
             subjects={split: part[1] for split, part in found.items()},
             truth={split: part[2] for split, part in found.items()},
