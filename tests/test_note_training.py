@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import runpy
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -40,6 +42,7 @@ from hf_ehr.training import (
     training_notes,
 )
 
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "code_notes_with_any_encoder.py"
 WORDS = np.array(["pain", "fever", "cough", "stent", "ulcer", "asthma", "sinus", "edema", "gout", "stroke", ". \n"])
 CODES = ["ICD10CM/I10", "ICD10CM/E11.9", "ICD10CM/J45.909"]
 WORD_OF = {"ICD10CM/I10": "stent", "ICD10CM/E11.9": "ulcer", "ICD10CM/J45.909": "asthma"}
@@ -274,3 +277,13 @@ def test_unknown_options_are_named(data, tmp_path):
     for field, value in (("preset", "huge"), ("vocabulary", "letters"), ("model_options", "{")):
         with pytest.raises(ValueError, match=f"`{field}` must be"):
             pretrain_notes(data, replace(OPTIONS, **{field: value}), settings(tmp_path))
+
+
+def test_the_example_trains_a_coder_on_another_encoder_with_the_stock_trainer(tmp_path, capsys):
+    main = runpy.run_path(str(EXAMPLE))["main"]
+    main(["--output", str(tmp_path / "coder"), "--max_steps", "2"])
+    assert "note.html" in capsys.readouterr().out
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "coder")
+    assert model.config.text_config.model_type == "bert"
+    assert set(model.config.thresholds) == set(model.config.label2id)
+    assert (tmp_path / "coder" / "note.html").read_text().startswith("<!DOCTYPE html>")
