@@ -201,6 +201,14 @@ def test_a_second_run_opens_what_is_there_and_reads_nothing(tmp_path):
         prepare_notes("table", tmp_path / "raw", tmp_path / "out", min_characters=10)
 
 
+def test_other_notes_are_not_taken_for_those_that_were_prepared(tmp_path):
+    prepared(tmp_path)
+    tables = raw_tables()
+    written(tables | {"notes": tables["notes"].slice(1)}, tmp_path / "raw")
+    with pytest.raises(EhrDataError, match="other input"):
+        prepare_notes("table", tmp_path / "raw", tmp_path / "out")
+
+
 def test_a_run_that_fails_leaves_nothing_behind(tmp_path):
     tables = raw_tables()
     tables["spans"] = table([("f", "ICD10CM/E11", 0, 9_999, "term")], "note_id", "code", "start", "end", "kind")

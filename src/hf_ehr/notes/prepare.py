@@ -5,6 +5,7 @@ Texts are streamed: memory is that of a shard, next to the ids of all notes, the
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections import Counter
 from collections.abc import Collection
@@ -88,6 +89,7 @@ def prepare_notes(
         "min_characters": min_characters,
         "exclude_categories": sorted(exclude_categories),
         "imputation": imputation,
+        "input": _input_digest(input_dir, options or {}),
         **{name: value if isinstance(value, int | float) else str(value) for name, value in (options or {}).items()},
     }
     output = Path(output)
@@ -121,13 +123,24 @@ def format_notes_summary(folder: NoteFolder) -> str:
     return "\n".join(lines)
 
 
+def _input_digest(input_dir: str | Path | None, options: dict[str, Any]) -> str | None:
+    """Tells input files apart by name and size, not by when they were copied; None where there are none."""
+    given = [Path(str(place)) for place in (input_dir, *(options.get(name) for name in NoteTables._fields)) if place]
+    files = [path for place in given for path in (place.rglob("*") if place.is_dir() else [place]) if path.is_file()]
+    sizes = sorted((path.name, path.stat().st_size) for path in files)
+    return hashlib.sha256(repr(sizes).encode()).hexdigest()[:16] if sizes else None
+
+
 def _existing(output: Path, source: str, settings: dict[str, Any], shards: int | None) -> NoteFolder:
     """The folder that is there, if it is the one asked for."""
     folder = NoteFolder.open(output)
     info = folder.info
+    if settings["input"] is None:  # the raw files are gone, or never were
+        settings = settings | {"input": info.options.get("input")}
     if (info.source, info.options) != (source, settings) or shards not in (None, info.shards):
         raise EhrDataError(
-            f"`output` must not hold notes prepared in another way, and {output} does. Choose another or remove it."
+            f"`output` must not hold notes of other input or prepared in another way, and {output} does. Choose "
+            "another or remove it."
         )
     return folder
 
