@@ -286,6 +286,74 @@ def test_the_length_of_a_pair_does_not_tell_its_kind(numbered, words):
     assert abs(np.mean(full[0]) - np.mean(full[1])) < 0.1
 
 
+def held_out_accuracy(feature: np.ndarray, label: np.ndarray) -> float:
+    """How well the commoner kind of each value, learnt on one half of the pairs, tells those of the other."""
+    even, right = np.arange(len(label)) % 2 == 0, 0
+    _, value = np.unique(feature, return_inverse=True)
+    for fitted in (even, ~even):
+        votes = np.bincount(value[fitted], 2 * label[fitted] - 1, minlength=value.max() + 1)
+        right += np.sum((votes[value[~fitted]] > 0) == label[~fitted])
+    return float(right / len(label))
+
+
+def shortcuts(rows, tokenizer) -> dict[str, float]:
+    """Held-out accuracy of single features of a pair that say nothing of what its halves mean."""
+    ids, types = (list(map(np.array, rows[name])) for name in ("input_ids", "token_type_ids"))
+    last, length = np.array([one[-2] for one in ids]), np.array([len(one) for one in ids])
+    features = {
+        "last token is a stop": np.isin(last, tokenizer.convert_tokens_to_ids([".", "!", "?"])),
+        "last token": last,
+        "first token of the second half": np.array([one[kind.argmax()] for one, kind in zip(ids, types, strict=True)]),
+        "full": length == length.max(),
+        "length": length // 16,
+        "length of the second half": np.array([kind.sum() for kind in types]) // 16,
+    }
+    label = np.array(rows["next_sentence_label"])
+    return {name: held_out_accuracy(feature, label) for name, feature in features.items()}
+
+
+def charted(path) -> tuple[NoteFolder, list[str]]:
+    """1,500 notes of sentences that start with a capital word and end with a stop; most notes end with a name."""
+    generator = np.random.default_rng(1)
+    texts = []
+    for note in range(1_500):
+        sentences = [
+            " ".join(["Start", *generator.choice(["a", "b", "c"], generator.integers(1, 9))]) + "."
+            for _ in range(generator.integers(1, 60))
+        ]
+        texts.append("\n".join(sentences) + (" signed" if note % 3 else ""))
+    return folder_of(texts, path), [f"n{note}" for note in range(len(texts))]
+
+
+def test_no_token_or_length_tells_a_true_second_half_from_another_patients(tmp_path):
+    folder, ids = charted(tmp_path)
+    tokenizer = tokenizer_of(folder)
+    rows = build_pretraining_examples(folder, tokenizer, note_ids=ids, max_length=256)
+    found = shortcuts(rows, tokenizer)
+    assert max(found.values()) < 0.56, found
+
+
+def test_no_token_or_length_tells_the_pairs_of_real_notes(real_data, tmp_path):
+    (archive,) = real_data("codiesp").glob("*.tar.xz")
+    folder = prepare_notes("codiesp", archive, tmp_path / "folder", options={"language": "en"})
+    splits = split_notes(folder)
+    ids = splits["train"].to_pylist() + splits["unlabelled"].to_pylist()
+    tokenizer = tokenizer_of(folder, vocab_size=4_000)
+    rows = build_pretraining_examples(folder, tokenizer, note_ids=ids)
+    found = shortcuts(rows, tokenizer)
+    assert max(found.values()) < 0.56, found
+
+
+def test_a_true_pair_loses_no_token(numbered, words):
+    rows = build_pretraining_examples(numbered, words, note_ids=ALL, max_length=48)
+    windows = build_pretraining_examples(numbered, words, note_ids=ALL, max_length=47, next_sentence=False)
+    whole = {tuple(row[1:-1]) for row in windows["input_ids"]}
+    for row in rows:
+        if row["next_sentence_label"] == 0:
+            first, second = halves(row, words)
+            assert tuple(words.convert_tokens_to_ids(first + second)) in whole
+
+
 def test_windows_without_pairs_hold_every_token_once(numbered, words):
     rows = build_pretraining_examples(numbered, words, note_ids=["n7", "n8"], max_length=16, next_sentence=False)
     assert rows.column_names == ["input_ids", "token_type_ids"]

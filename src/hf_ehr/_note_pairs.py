@@ -18,8 +18,10 @@ from .notes.corpus import segment_notes
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-CANDIDATES = 64
+CANDIDATES = 256
 """Windows of other patients among which the second half of a random pair is sought."""
+_PAIRS = 1 << 13  # random pairs that are made at a time
+_FAR = np.iinfo(np.int64).max // 2
 
 
 def tokens_of(segments: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -94,12 +96,14 @@ class Windows(NamedTuple):
         tokens: (tokens,) ids.
         offsets: (windows + 1,) borders of the windows.
         subjects: (windows,) patients, those of one patient side by side.
+        goes_on: (windows,) whether the note has more tokens behind the window.
         breaks: Ascending places in ``tokens`` where a sentence or line starts.
     """
 
     tokens: np.ndarray
     offsets: np.ndarray
     subjects: np.ndarray
+    goes_on: np.ndarray
     breaks: np.ndarray
 
     @classmethod
@@ -116,11 +120,17 @@ class Windows(NamedTuple):
         ends = total_before(_sentence_ends(texts))[place]
         offsets = total_before(lengths)
         breaks = np.flatnonzero(np.diff(ends, prepend=ends[:1]))
-        return cls(ids[own], offsets, notes["subject_id"].to_numpy()[note], breaks)
+        goes_on = np.append(note[1:] == note[:-1], False)
+        return cls(ids[own], offsets, notes["subject_id"].to_numpy()[note], goes_on, breaks)
 
-    def take(self, keep: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """First token, number of tokens and patient of some windows."""
-        return self.offsets[:-1][keep], np.diff(self.offsets)[keep], self.subjects[keep]
+    def bounds(self, keep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """First token of some windows, and the token behind their last."""
+        return self.offsets[:-1][keep], self.offsets[1:][keep]
+
+    def break_from(self, place: np.ndarray, end: np.ndarray) -> np.ndarray:
+        """The first break from ``place`` on and before ``end``, or a place that is far."""
+        found = np.append(self.breaks, _FAR)[np.searchsorted(self.breaks, place)]
+        return np.where(found < end, found, _FAR)
 
 
 def _characters(texts: pa.StringArray) -> np.ndarray:
@@ -146,45 +156,51 @@ def pretraining_rows(windows: Windows, template: Template, seed: Sequence[int], 
     keep = np.diff(windows.offsets) >= fewest
     counts[f"window of fewer than {fewest} tokens"] += int((~keep).sum())
     counts["examples"] += int(keep.sum())
-    starts, lengths, subjects = windows.take(keep)
+    starts, ends = windows.bounds(keep)
     if not pairs:
-        return pa.table(template.lay_out(windows.tokens, [starts], [lengths]))
+        return pa.table(template.lay_out(windows.tokens, [starts], [ends - starts]))
     generator = np.random.Generator(np.random.PCG64DXSM(list(seed)))
-    first = _cuts(starts, lengths, windows.breaks, generator)
-    second_start, second, random = _second_halves(starts + first, lengths - first, subjects, generator)
-    columns = template.lay_out(windows.tokens, [starts, second_start], [first, second])
+    cuts = _cuts(starts, ends, windows, generator)
+    second, second_ends, random = _second_halves(windows, keep, cuts, generator)
+    columns = template.lay_out(windows.tokens, [starts, second], [cuts - starts, second_ends - second])
     return pa.table({**columns, "next_sentence_label": random.astype(np.int64)})
 
 
-def _cuts(starts: np.ndarray, lengths: np.ndarray, breaks: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Tokens of the first half of each window: up to the break nearest to a uniform place, or to that place."""
-    place = starts + 1 + (generator.random(len(starts)) * (lengths - 1)).astype(np.int64)
-    far = np.iinfo(np.int64).max // 2
-    at = np.searchsorted(breaks, place)
-    left, right = np.append(-far, breaks)[at], np.append(breaks, far)[at]
-    left = np.where(left > starts, left, -far)
-    right = np.where(right < starts + lengths, right, far)
+def _cuts(starts: np.ndarray, ends: np.ndarray, windows: Windows, generator: np.random.Generator) -> np.ndarray:
+    """Where the second half of each window starts: the break nearest to a uniform place, or that place."""
+    place = starts + 1 + (generator.random(len(starts)) * (ends - starts - 1)).astype(np.int64)
+    right = windows.break_from(place, ends)
+    left = np.append(-_FAR, windows.breaks)[np.searchsorted(windows.breaks, place)]
+    left = np.where(left > starts, left, -_FAR)
     nearest = np.where(place - left <= right - place, left, right)
-    return np.where(np.abs(nearest) < far, nearest, place) - starts
+    return np.where(np.abs(nearest) < _FAR, nearest, place)
 
 
 def _second_halves(
-    starts: np.ndarray, lengths: np.ndarray, subjects: np.ndarray, generator: np.random.Generator
+    windows: Windows, keep: np.ndarray, cuts: np.ndarray, generator: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Start, length and whether it is another patient's, of the second half that each window gets."""
-    windows = len(starts)
-    block = np.append(np.flatnonzero(np.diff(subjects, prepend=subjects[:1] - 1)), windows)
+    """First token, end and whether it is another patient's, of the second half that each window gets."""
+    starts, ends = windows.bounds(keep)
+    subjects = windows.subjects[keep]
+    block = np.append(np.flatnonzero(np.diff(subjects, prepend=subjects[:1] - 1)), len(subjects))
     own = np.repeat(np.arange(len(block) - 1), np.diff(block))
-    own_first, own_size = block[own], np.diff(block)[own]
-    random = (generator.random(windows) < 0.5) & (own_size < windows)
-    draw = generator.random((int(random.sum()), CANDIDATES))
-    donor = (draw * (windows - own_size[random])[:, None]).astype(np.int64)
-    donor += (donor >= own_first[random][:, None]) * own_size[random][:, None]
-    wanted, offered = lengths[random][:, None], lengths[donor]
-    # The shortest that is long enough comes first, then the others from the longest on.
-    best = np.where(offered >= wanted, offered - wanted, lengths.max(initial=0) + wanted - offered).argmin(axis=1)
-    donor = donor[np.arange(len(donor)), best]
-    second_start, second = starts.copy(), lengths.copy()
-    second_start[random] = starts[donor]
-    second[random] = np.minimum(lengths[random], lengths[donor])
-    return second_start, second, random
+    own_first, own_size = block[own][:, None], np.diff(block)[own][:, None]
+    random = (generator.random(len(starts)) < 0.5) & (own_size[:, 0] < len(starts))
+    has_break = windows.break_from(starts + 1, ends) < _FAR
+    goes_on, worst = windows.goes_on[keep], (ends - starts).max(initial=0)
+    second, second_ends = cuts.copy(), ends.copy()
+    pairs = np.flatnonzero(random)
+    for rows in np.array_split(pairs, 1 + len(pairs) // _PAIRS):
+        draw = generator.random((len(rows), CANDIDATES))
+        donor = (draw * (len(starts) - own_size[rows])).astype(np.int64)
+        donor += (donor >= own_first[rows]) * own_size[rows]
+        wanted, end = (ends - cuts)[rows][:, None], ends[donor]
+        exact = np.maximum(end - wanted, starts[donor] + 1)  # a true second half never starts where its window does
+        at_break = windows.break_from(exact, end)
+        # Both kinds start between any two tokens where the window has no break.
+        missing = has_break[rows][:, None] & (at_break == _FAR)
+        first = np.where(has_break[rows][:, None] & ~missing, at_break, exact)
+        cost = wanted - (end - first) + worst * (goes_on[donor] != goes_on[rows][:, None]) + 2 * worst * missing
+        best = np.arange(len(rows)), cost.argmin(axis=1)
+        second[rows], second_ends[rows] = first[best], end[best]
+    return second, second_ends, random

@@ -140,8 +140,10 @@ def build_pretraining_examples(
     The paper does not say how pairs are made. Here a window is cut in two at the start of a sentence or line nearest
     to a uniform place (a line break, a full stop, question or exclamation mark before white space, or one of their
     Chinese forms; a window without one is cut between any two tokens). With probability ½ the second half is replaced
-    by that of a window of another patient, cut to the length of the half that it replaces: the length of a pair must
-    not tell its kind. Of 64 such halves the shortest that is long enough is taken, else the longest.
+    by the end of a window of another patient, from the start of one of its sentences on: neither where a half starts
+    or ends nor its length may tell its kind. Of 256 such windows one is taken that ends as the own one does (where
+    its note ends, or in its midst) and whose part is the longest that is no longer than the half that it replaces. A
+    window without a sentence start gets a part of just that length. No token of a true pair is cut off.
 
     Left out and counted: windows without a token, or of fewer than two under ``next_sentence``.
 
