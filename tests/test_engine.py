@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hf_ehr.schema import EVENT_SCHEMA, REJECTED_SCHEMA, EhrDataError
+from hf_ehr.schema import EVENT_SCHEMA, REJECTED_SCHEMA, EhrDataError, validate_events
+from hf_ehr.sources._files import readable
 from hf_ehr.sources.engine import Column, Engine, Scan, as_events, find_table, reject
 
 COLUMNS = {
@@ -204,3 +205,17 @@ def test_events_have_the_columns_of_the_contract_and_no_others(engine, tmp_path)
 def test_an_unknown_engine_is_refused():
     with pytest.raises(ValueError, match=r"`engine` must be 'duckdb' or 'spark', got 'pandas'"):
         Engine.connect("pandas")
+
+
+def test_an_engines_message_is_cut_before_the_value_that_it_quotes():
+    message = f"Conversion Error: Could not convert string '{SECRET}' to INT64"
+    with pytest.raises(EhrDataError, match=r"Could not convert string$") as error, readable(Path("t.csv")):
+        raise RuntimeError(message)
+    assert SECRET not in str(error.value)
+
+
+def test_a_row_that_breaks_a_rule_is_numbered_and_not_shown():
+    event = {"subject_id": 1, "code": SECRET, "kind": "death", "time": datetime(2020, 1, 1)}
+    with pytest.raises(EhrDataError, match=r"`code` must be VOCABULARY/CODE; row 0") as error:
+        validate_events(pa.Table.from_pylist([event], schema=EVENT_SCHEMA))
+    assert SECRET not in str(error.value)

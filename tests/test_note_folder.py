@@ -1,6 +1,7 @@
 """Raw notes → a prepared folder: what is kept, counted and refused."""
 
 import json
+import traceback
 
 import polars as pl
 import pyarrow as pa
@@ -290,12 +291,52 @@ def test_a_label_given_as_native_and_as_imputed_is_native(tmp_path, kinds):
     assert pairs(folder.labels()) == {("a", "ICD10CM/I10", "native")}
 
 
-def test_no_error_tells_a_value_of_a_patient(tmp_path):
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("a,Jane Doe,Seen today.\n", r"row 2 \(the header is row 1\) .* int64 in column `subject_id`"),
+        ("a,1,Seen.\nb,2,Jane Doe of Elm Street, seen today.\n", "row 3 .* has 4 values under 3 names"),
+        ("a,Jane Doe\n", "has 2 values under 3 names"),
+        ("a,1,Jane Doe, Jos\u00e9\n", "has 4 values"),
+    ],
+)
+def test_no_error_of_a_csv_file_tells_a_value_of_a_patient(tmp_path, rows, message):
     raw = written(raw_tables(), tmp_path / "raw", ".csv")
-    (raw / "notes.csv").write_text("note_id,subject_id,text\na,Jane Doe,Seen today.\n")
-    with pytest.raises(EhrDataError, match=r"notes\.csv") as caught:
+    (raw / "notes.csv").write_text("note_id,subject_id,text\n" + rows, encoding="latin-1")
+    with pytest.raises(EhrDataError, match=r"notes\.csv.*" + message) as caught:
         prepare_notes("table", raw, tmp_path / "out")
-    assert "Jane" not in str(caught.value)
+    assert_silent(caught.value)
+
+
+def test_bytes_that_are_no_utf8_are_refused_without_the_text(tmp_path):
+    raw = written(raw_tables(), tmp_path / "raw", ".csv")
+    (raw / "notes.csv").write_bytes(b"note_id,subject_id,text\na,1,Jane Doe, Jos\xe9.\n".replace(b"Doe,", b"Doe"))
+    with pytest.raises(EhrDataError, match=r"notes\.csv.*column `text`.*encoding") as caught:
+        prepare_notes("table", raw, tmp_path / "out")
+    assert_silent(caught.value)
+
+
+@pytest.mark.parametrize(("column", "kind"), [("subject_id", "int64"), ("time", "timestamp")])
+def test_no_error_of_a_parquet_file_tells_a_value_of_a_patient(tmp_path, column, kind):
+    tables = raw_tables()
+    count = tables["notes"].num_rows
+    values = pa.array([*(["1"] * (count - 1) if column == "subject_id" else [None] * (count - 1)), "Jane Doe"])
+    if column in tables["notes"].column_names:
+        tables["notes"] = tables["notes"].drop([column])
+    tables["notes"] = tables["notes"].append_column(column, values)
+    with pytest.raises(EhrDataError, match=f"column `{column}` must be {kind}.*row {count - 1} cannot") as caught:
+        prepare_notes("table", written(tables, tmp_path / "raw"), tmp_path / "out")
+    assert_silent(caught.value)
+
+
+def assert_silent(error: BaseException) -> None:
+    """Neither the error, nor those behind it, nor the printed traceback hold the name."""
+    chain, one = [], error
+    while one is not None:
+        chain.append(str(one))
+        one = one.__cause__ or one.__context__
+    printed = "".join(traceback.format_exception(error))
+    assert not [text for text in (*chain, printed) if "Jane" in text or "Elm" in text]
 
 
 @pytest.mark.parametrize(

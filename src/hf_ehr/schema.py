@@ -235,23 +235,41 @@ def check_schema(table: pa.Table, schema: pa.Schema, name: str) -> pa.Table:
             )
         column = table[expected.name]
         if column.type != expected.type:
-            try:
-                column = column.cast(expected.type)
-            except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            given, column = column, _cast(column, expected.type)
+            if column is None:
                 raise EhrDataError(
-                    f"{name} column `{expected.name}` must be {expected.type}, got {column.type}: {error}"
-                ) from error
+                    f"{name} column `{expected.name}` must be {expected.type}, got {given.type}; row "
+                    f"{_first_uncastable(given, expected.type)} cannot be converted. Correct it or cast the column."
+                )
         if not expected.nullable and column.null_count:
             raise EhrDataError(f"{name} column `{expected.name}` must not be null; {column.null_count} rows are.")
         columns.append(column)
     return pa.table(columns, schema=schema)
 
 
+def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray | None:
+    """``column`` as ``kind``, or None: the library's error quotes a patient's value, so it does not leave here."""
+    try:
+        return column.cast(kind)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        return None
+
+
+def _first_uncastable(column: pa.ChunkedArray, kind: pa.DataType) -> int:
+    """Number of the first row that is no ``kind``; 0 where none is."""
+    low, high = 0, len(column)
+    while high - low > 1:
+        middle = (low + high) // 2
+        whole = _cast(column.slice(low, middle - low), kind) is not None
+        low, high = (middle, high) if whole else (low, middle)
+    return low
+
+
 def validate_events(events: pa.Table) -> pa.Table:
     """Checks EVENTS and returns them in the contract's column order and types.
 
     Raises:
-        EhrDataError: With the column, the rule, the first offending row and its value.
+        EhrDataError: With the column, the rule and the number of the first offending row.
     """
     events = check_schema(events, EVENT_SCHEMA, "EVENTS")
     _check_rows(events, pc.is_in(events["kind"], pa.array(KINDS)), "kind", f"must be one of {', '.join(KINDS)}")
@@ -283,10 +301,10 @@ def validate_labels(labels: pa.Table) -> pa.Table:
 
 
 def _check_rows(table: pa.Table, valid: pa.ChunkedArray, column: str, rule: str) -> None:
-    """Raises for the first row where ``valid`` is not true. The row number is named, never the patient."""
+    """Raises for the first row where ``valid`` is not true. Its number is named: a value may be a patient's."""
     bad = pc.indices_nonzero(pc.invert(pc.fill_null(valid, False)))
     if len(bad):
         row = bad[0].as_py()
         raise EhrDataError(
-            f"Column `{column}` {rule}; row {row} has {table[column][row].as_py()!r} ({len(bad)} rows in all)."
+            f"Column `{column}` {rule}; row {row} breaks this ({len(bad)} rows in all). Correct them in the source."
         )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv as csv_rows
+import gzip
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -141,7 +144,11 @@ def _files(input_dir: Path | None, name: str, given: Any) -> list[Path]:
 
 
 def _batches(path: Path, schema: pa.Schema) -> Iterator[pa.Table]:
-    """The columns of ``schema`` that a file has, some rows at a time."""
+    """The columns of ``schema`` that a file has, some rows at a time.
+
+    A quote that is never closed makes the rest of a CSV file one text: with line breaks in texts it is no fault that
+    can be told from a long note, unless the number of columns then is wrong.
+    """
     if path.name.endswith(".parquet"):
         file = pq.ParquetFile(path)
         columns = [name for name in file.schema_arrow.names if name in schema.names]
@@ -150,16 +157,38 @@ def _batches(path: Path, schema: pa.Schema) -> Iterator[pa.Table]:
     try:
         with csv.open_csv(
             path,
-            csv.ReadOptions(block_size=_CSV_BLOCK),
+            csv.ReadOptions(block_size=_CSV_BLOCK, use_threads=False),  # one thread numbers the rows
             csv.ParseOptions(newlines_in_values=True),
             csv.ConvertOptions(column_types=schema),
         ) as reader:
             yield from (pa.Table.from_batches([batch]) for batch in reader)
     except pa.ArrowInvalid as error:
-        # The library's message ends with the value, which may be a patient's.
-        raise EhrDataError(
-            f"{path.name} must be CSV as described: {str(error).split(': invalid value')[0]}."
-        ) from None
+        message = str(error)
+    else:
+        return
+    # Outside of the handler: the library's message quotes the row, and no traceback may carry it along.
+    raise EhrDataError(f"{path.name} must be UTF-8 CSV as described: {_fault(message, path, schema)}")
+
+
+def _fault(message: str, path: Path, schema: pa.Schema) -> str:
+    """Row, column and rule of a message of Arrow's, without the text of the row."""
+    row = re.search(r"\bRow #(\d+)", message)
+    place = f"row {row[1]} (the header is row 1)" if row else "a row"
+    counts = re.search(r"Expected (\d+) columns, got (\d+)", message)
+    if counts:
+        return f"{place} has {counts[2]} values under {counts[1]} names. Quote texts that hold a comma."
+    number = re.search(r"^In CSV column #(\d+)", message)
+    if number:
+        name = _header(path)[int(number[1])]
+        kind = schema.field(name).type if name in schema.names else "text"
+        return f"{place} holds something else than {kind} in column `{name}`. Correct the value or the encoding."
+    return "it is empty, a text lacks its closing quote, or a row exceeds 64 MiB. Export it again."
+
+
+def _header(path: Path) -> list[str]:
+    opened: Any = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", encoding="utf-8-sig", errors="replace", newline="") as stream:
+        return next(csv_rows.reader(stream))
 
 
 def _stored(notes: pa.Table) -> pa.Table:

@@ -80,7 +80,8 @@ def _without_data(message: str) -> str:
             text for text in message.splitlines() if text.startswith(("Expected", "Value with", "Invalid unicode"))
         ]
         return f"line {line.group(1)}: {rules[0] if rules else 'it does not fit the header.'}"
-    return message.splitlines()[0][:200] if message else "unknown error."
+    # Engines put the value that they could not convert in quotes.
+    return re.split(r"['\"]", message.splitlines()[0])[0][:200].strip() if message else "unknown error."
 
 
 def first_line(path: Path, delimiter: str, header: bool) -> list[str]:
