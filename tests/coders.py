@@ -18,7 +18,7 @@ def note_table(*texts):
 def words_of(*texts, **options):
     """A word tokenizer that knows every word of the texts."""
     return fit_word_tokenizer(
-        note_table(*texts), subject_ids=[1], **({"cleaning": "none", "max_length": 64} | options)
+        note_table(*texts), subject_ids=[1], **({"cleaning": "none", "max_length": 64, "min_patients": 1} | options)
     )
 
 

@@ -31,7 +31,7 @@ datasets:
     options: {patients: 60, codes: 20, codes_per_note: 3, missed: 0.02}
     min_patients: 8
 draws: 2
-tokenizer: {vocab_size: 400, min_frequency: 2}
+tokenizer: {vocab_size: 400, min_patients: 2}
 encoders: {tiny: {preset: tiny, hidden_size: 16, intermediate_size: 32, num_attention_heads: 2}}
 pretraining:
   seeds: 1

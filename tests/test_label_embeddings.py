@@ -18,7 +18,7 @@ CODES = ["ICD10CM/E11.9", "ICD10CM/I50.9", "ICD10CM/E11", "LOCAL/42"]
 def tokenizer():
     words = " ".join(name for name in ontology.describe(CODES[:2]) if name)
     notes = pa.table({"note_id": ["0"], "subject_id": [0], "text": [f"{words} . type 2 diabetes mellitus"]})
-    return fit_word_tokenizer(notes, subject_ids=[0], cleaning="none")
+    return fit_word_tokenizer(notes, subject_ids=[0], cleaning="none", min_patients=1)
 
 
 def coder(tokenizer, codes=CODES, **options) -> EhrBertForICDCoding:

@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer(folder):
-    return fit_word_tokenizer(folder.notes(), subject_ids=range(6), cleaning="none")
+    return fit_word_tokenizer(folder.notes(), subject_ids=range(6), cleaning="none", min_patients=1)
 
 
 @pytest.fixture(scope="module")

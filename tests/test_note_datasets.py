@@ -40,7 +40,7 @@ def folder_of(texts, path, *, subjects=None, labels=(), shards=1, **columns) -> 
 
 def tokenizer_of(folder: NoteFolder, **options) -> PreTrainedTokenizerFast:
     subjects = [one for part in folder.notes() for one in part["subject_id"].to_pylist()]
-    return fit_word_tokenizer(folder.notes(), subject_ids=subjects, cleaning="none", **options)
+    return fit_word_tokenizer(folder.notes(), subject_ids=subjects, cleaning="none", min_patients=1, **options)
 
 
 @pytest.fixture(scope="module")

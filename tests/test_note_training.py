@@ -78,7 +78,7 @@ def settings(folder, **options) -> TrainingArguments:
     return TrainingArguments(str(folder), **(quiet | sizes | options))
 
 
-OPTIONS = NotePretrainArguments(preset="tiny", vocabulary="word", vocab_size=60, min_frequency=1)
+OPTIONS = NotePretrainArguments(preset="tiny", vocabulary="word", vocab_size=60, min_patients=1)
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,9 @@ def test_the_decoder_starts_at_the_frequency_of_the_training_tokens(data, tmp_pa
 
 def test_a_tokenizer_of_other_patients_is_refused(data, tmp_path):
     notes = pa.concat_tables(data.folder.notes())
-    fit_word_tokenizer(notes, subject_ids=data.subjects("test")).save_pretrained(tmp_path / "tokenizer")
+    fit_word_tokenizer(notes, subject_ids=data.subjects("test"), min_patients=1).save_pretrained(
+        tmp_path / "tokenizer"
+    )
     with pytest.raises(LeakageError):
         pretrain_notes(data, replace(OPTIONS, tokenizer=str(tmp_path / "tokenizer")), settings(tmp_path / "model"))
 

@@ -1,6 +1,7 @@
 """Notes: what cleaning does to text and offsets, windows, vocabularies, filters, and the labels of notes."""
 
 import re
+from functools import partial
 
 import numpy as np
 import polars as pl
@@ -15,8 +16,6 @@ from hf_ehr.notes import (
     clean,
     clean_with_offsets,
     filter_notes,
-    fit_word_tokenizer,
-    fit_wordpiece_tokenizer,
     frequent_codes,
     impute_chronic_codes,
     keep_codes,
@@ -24,12 +23,16 @@ from hf_ehr.notes import (
     oov_per_note,
     segment_notes,
 )
+from hf_ehr.notes import fit_word_tokenizer as fit_published_words
+from hf_ehr.notes import fit_wordpiece_tokenizer as fit_published_pieces
 from hf_ehr.notes.cleaning import STEPS
 from hf_ehr.schema import EhrDataError
 from hf_ehr.tasks.audit import LeakageError, check_fitted_on
 from tests.builders import day
 
 CLEANERS = list(STEPS)
+fit_word_tokenizer = partial(fit_published_words, min_patients=1)
+fit_wordpiece_tokenizer = partial(fit_published_pieces, min_patients=1)
 CORPUS = [
     "Pt is a 63 yo M w/ chronic heart failure, seen by Dr. Grey on 3/4/2021.",
     "Chronic heart failure is stable. BP 120/80, temp 98.6. No fever; no chills.",
@@ -276,7 +279,7 @@ def test_out_of_vocabulary_words_are_counted_per_note():
 
 
 def test_a_vocabulary_needs_notes_and_room():
-    with pytest.raises(EhrDataError, match="have no words"):
+    with pytest.raises(EhrDataError, match="have no word of 1 patients"):
         fit_word_tokenizer(notes("fever"), subject_ids=[7])
     with pytest.raises(ValueError, match="`vocab_size` must exceed"):
         fit_wordpiece_tokenizer(notes("fever"), subject_ids=[0], vocab_size=5)
@@ -289,6 +292,38 @@ def test_a_vocabulary_of_shards_is_that_of_the_whole(tmp_path):
         pq.write_table(notes(text, subjects=[number]), tmp_path / f"{number}.parquet")
     shards = fit_word_tokenizer(sorted(tmp_path.glob("*.parquet")), subject_ids=[0, 2])
     assert shards.get_vocab() == fit_word_tokenizer(notes(*CORPUS), subject_ids=[0, 2]).get_vocab()
+
+
+@pytest.mark.parametrize("fit", [fit_published_words, fit_published_pieces])
+def test_a_name_of_one_patient_is_no_token_however_often_it_stands_and_a_word_of_eleven_is(fit):
+    """Twenty notes of one patient, one note of each of eleven others; `cough` has 11 patients, `fever` has ten."""
+    texts = ["Zlatanovic Zlatanovic seen"] * 20 + ["seen for cough and fever"] * 10 + ["seen for cough"]
+    table = notes(*texts, subjects=[0] * 20 + list(range(1, 12)))
+    tokenizer = fit(table, subject_ids=range(12), cleaning="none")
+    assert "cough" in tokenizer.get_vocab()
+    assert not {"zlatanovic", "fever"} & set(tokenizer.get_vocab())
+    assert "fever" in fit(table, subject_ids=range(12), cleaning="none", min_patients=10).get_vocab()
+    with pytest.raises(ValueError, match="`min_patients` must be at least 1"):
+        fit(table, subject_ids=range(12), min_patients=0)
+
+
+def test_a_name_is_spelled_by_pieces_that_common_words_give():
+    texts = ["Zlatanovic Zlatanovic Zlatanovic"] * 20 + ["lata cough"] * 11
+    table = notes(*texts, subjects=[0] * 20 + list(range(1, 12)))
+    tokenizer = fit_published_pieces(table, subject_ids=range(12))
+    pieces = tokenizer.tokenize("zlatanovic")
+    assert "".join(piece.removeprefix("##") for piece in pieces) == "zlatanovic"
+    assert tokenizer.unk_token not in pieces
+    learned = {one.removeprefix("##") for one in tokenizer.get_vocab() if len(one.removeprefix("##")) > 1}
+    assert all(one in "lata" or one in "cough" or one.startswith("[") for one in learned), learned
+
+
+def test_a_patient_is_counted_once_across_shards(tmp_path):
+    """Two shards that share a patient are refused: the count of patients would be too high."""
+    for number in range(2):
+        pq.write_table(notes("Zlatanovic", subjects=[7]), tmp_path / f"{number}.parquet")
+    with pytest.raises(EhrDataError, match="all notes of a patient in one shard"):
+        fit_published_words(sorted(tmp_path.glob("*.parquet")), subject_ids=[7], min_patients=2)
 
 
 # Labels

@@ -140,7 +140,7 @@ def test_places_of_evidence_are_uniform_and_lengths_log_normal(world):
 
 def test_the_tokenizer_counts_words_as_the_truth_does(world):
     notes = world.notes.slice(0, 40)
-    tokenizer = fit_word_tokenizer(notes, subject_ids=notes["subject_id"].to_pylist(), cleaning="none")
+    tokenizer = fit_word_tokenizer(notes, subject_ids=notes["subject_id"].to_pylist(), cleaning="none", min_patients=1)
     segments = pl.DataFrame(segment_notes(notes, tokenizer, max_length=100_000))
     held = dict(zip(segments["note_id"], segments["input_ids"].list.len() - 2, strict=True))
     truth = pl.DataFrame(world.truth).filter(pl.col("note_id").is_in(list(held)))

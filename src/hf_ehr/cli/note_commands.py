@@ -48,7 +48,7 @@ class TextTokenizerArguments:
     output: str = field(metadata={"help": "Folder to write."})
     vocabulary: str = field(default="wordpiece", metadata={"help": "`wordpiece`, or `word` (BERT-XML's)."})
     vocab_size: int = field(default=20_000, metadata={"help": "Size of the vocabulary."})
-    min_frequency: int = field(default=11, metadata={"help": "Fewest occurrences: a rare word may be a name."})
+    min_patients: int = field(default=11, metadata={"help": "Fewest patients of a word: a rare word may be a name."})
     cleaning: str | None = field(
         default=None, metadata={"help": "none, bert_xml, caml or edin; that of the vocabulary when left out."}
     )
@@ -91,7 +91,7 @@ def fit_text_tokenizer(words: list[str]) -> None:
     options: dict[str, Any] = {} if arguments.cleaning is None else {"cleaning": arguments.cleaning}
     tokenizer = VOCABULARIES[arguments.vocabulary](
         shard_paths(data.folder.path, "notes"), subject_ids=data.subjects("train", "unlabelled"),
-        vocab_size=arguments.vocab_size, min_frequency=arguments.min_frequency, max_length=data.max_length, **options,
+        vocab_size=arguments.vocab_size, min_patients=arguments.min_patients, max_length=data.max_length, **options,
     )  # fmt: skip
     tokenizer.save_pretrained(arguments.output)
     seen = [oov_per_note(tokenizer, table) for table in data.folder.notes(data.splits["validation"]) if table.num_rows]

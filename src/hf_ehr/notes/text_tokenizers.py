@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm.auto import tqdm
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 SPECIAL_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 _BATCH = 256  # notes handed over at a time
+_REPEATS = 4096  # of a word in one text for a trainer
 
 
 @dataclass(frozen=True)
@@ -62,13 +65,14 @@ def fit_word_tokenizer(
     vocab_size: int = 20_000,
     cleaning: CleaningName = "bert_xml",
     lowercase: bool = True,
-    min_frequency: int = 1,
+    min_patients: int = 11,
     max_length: int = 1024,
 ) -> PreTrainedTokenizerFast:
     """The vocabulary of BERT-XML: the most frequent words of the training notes, all others ``[UNK]`` (§3.1).
 
     The paper does not say how words are found; here white space and punctuation part them. A vocabulary is data about
-    patients and a rare word may be a name: raise ``min_frequency`` before you publish one.
+    patients and a rare word may be a name, which its own patient's notes repeat: words of fewer than ``min_patients``
+    training patients are left out, however often they stand there.
 
     Args:
         notes: NOTES in memory, or paths of Parquet shards.
@@ -76,7 +80,8 @@ def fit_word_tokenizer(
         vocab_size: Size of the vocabulary, the five special tokens included.
         cleaning: An option of :func:`hf_ehr.notes.clean`, built into the tokenizer.
         lowercase: Lower-case the text, whatever the cleaning does.
-        min_frequency: Fewest occurrences of a word.
+        min_patients: Fewest training patients who have a word. They are counted shard by shard: a patient whose notes
+            lie in several shards counts once in each (prepared folders keep a patient in one).
         max_length: ``model_max_length`` of the tokenizer.
 
     Returns:
@@ -90,8 +95,8 @@ def fit_word_tokenizer(
     from tokenizers import Tokenizer, models, trainers
 
     tokenizer = Tokenizer(models.WordLevel(unk_token=SPECIAL_TOKENS["unk"]))
-    trainer = trainers.WordLevelTrainer(**_training_options(vocab_size, min_frequency))
-    return _fit(tokenizer, trainer, notes, subject_ids, cleaning, lowercase, max_length)
+    trainer = trainers.WordLevelTrainer(**_training_options(vocab_size))
+    return _fit(tokenizer, trainer, notes, subject_ids, cleaning, lowercase, min_patients, max_length)
 
 
 def fit_wordpiece_tokenizer(
@@ -101,13 +106,14 @@ def fit_wordpiece_tokenizer(
     vocab_size: int = 20_000,
     cleaning: CleaningName = "none",
     lowercase: bool = True,
-    min_frequency: int = 2,
+    min_patients: int = 11,
     max_length: int = 1024,
 ) -> PreTrainedTokenizerFast:
     """A WordPiece vocabulary of the training notes: the practical choice, no word is unknown to it for long.
 
-    Takes and returns what :func:`fit_word_tokenizer` does; ``min_frequency`` is that of a pair of pieces. Accents are
-    kept. A note set too small for ``vocab_size`` gives fewer pieces.
+    Takes and returns what :func:`fit_word_tokenizer` does. Pieces are learned from the words of ``min_patients``
+    patients alone; of the others only single characters enter, so that they can be spelled. Accents are kept. A note
+    set too small for ``vocab_size`` gives fewer pieces.
 
     Raises:
         ValueError: ``vocab_size`` leaves no room for pieces, or an option is not known.
@@ -117,8 +123,8 @@ def fit_wordpiece_tokenizer(
 
     tokenizer = Tokenizer(models.WordPiece(unk_token=SPECIAL_TOKENS["unk"]))
     tokenizer.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(**_training_options(vocab_size, min_frequency))
-    return _fit(tokenizer, trainer, notes, subject_ids, cleaning, lowercase, max_length)
+    trainer = trainers.WordPieceTrainer(**_training_options(vocab_size), min_frequency=2)
+    return _fit(tokenizer, trainer, notes, subject_ids, cleaning, lowercase, min_patients, max_length)
 
 
 def oov_per_note(tokenizer: PreTrainedTokenizerFast, notes: Notes, *, cleaning: CleaningName = "none") -> OovReport:
@@ -148,12 +154,11 @@ def oov_per_note(tokenizer: PreTrainedTokenizerFast, notes: Notes, *, cleaning: 
     return OovReport(notes_read, words, split, unknown)
 
 
-def _training_options(vocab_size: int, min_frequency: int) -> dict[str, Any]:
+def _training_options(vocab_size: int) -> dict[str, Any]:
     if vocab_size <= len(SPECIAL_TOKENS):
         raise ValueError(f"`vocab_size` must exceed the {len(SPECIAL_TOKENS)} special tokens, got {vocab_size}.")
     return {
         "vocab_size": vocab_size,
-        "min_frequency": min_frequency,
         "special_tokens": list(SPECIAL_TOKENS.values()),
         "show_progress": False,
     }
@@ -166,6 +171,7 @@ def _fit(
     subject_ids: Any,
     cleaning: CleaningName,
     lowercase: bool,
+    min_patients: int,
     max_length: int,
 ) -> PreTrainedTokenizerFast:
     """Trains ``tokenizer`` on the notes of the training patients and dresses it for transformers."""
@@ -175,11 +181,13 @@ def _fit(
     tokenizer.normalizer = _normalizer(cleaning, lowercase)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     subjects = np.unique(np.asarray(subject_ids if hasattr(subject_ids, "__array__") else list(subject_ids), np.int64))
-    tokenizer.train_from_iterator(_texts(notes, pa.array(subjects)), trainer)
+    if min_patients < 1:
+        raise ValueError(f"`min_patients` must be at least 1, got {min_patients}. Choose 11 to publish a vocabulary.")
+    _train(tokenizer, trainer, _words(tokenizer, notes, pa.array(subjects)), min_patients)
     if tokenizer.get_vocab_size() <= len(SPECIAL_TOKENS):
         raise EhrDataError(
-            f"The {len(subjects)} patients in `subject_ids` have no words in `notes`. "
-            "Check that the ids belong to them, or lower `min_frequency`."
+            f"The {len(subjects)} patients in `subject_ids` have no word of {min_patients} patients in `notes`. "
+            "Check that the ids belong to them, or lower `min_patients`."
         )
     start, end = SPECIAL_TOKENS["cls"], SPECIAL_TOKENS["sep"]
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -195,6 +203,73 @@ def _fit(
         fitted_on=fingerprint(subjects),
         **{f"{name}_token": token for name, token in SPECIAL_TOKENS.items()},
     )
+
+
+def _train(tokenizer: Tokenizer, trainer: Any, words: pl.DataFrame, min_patients: int) -> None:
+    """Trains on the words of enough patients; of the others pieces of one character are known, and no more."""
+    from tokenizers import pre_tokenizers
+
+    normalizer, pre_tokenizer = tokenizer.normalizer, tokenizer.pre_tokenizer
+    tokenizer.normalizer, tokenizer.pre_tokenizer = None, pre_tokenizers.WhitespaceSplit()  # these are words already
+    shared = words.filter(pl.col("patients") >= min_patients).sort("word")
+    if hasattr(trainer, "initial_alphabet"):
+        alphabet = sorted(set().union(*words["word"].to_list()))
+        trainer.initial_alphabet = alphabet
+        spelled = [f"{one}{one}" for one in alphabet] if shared.height else []  # both forms; one pair is no piece
+    else:
+        spelled = []
+    tokenizer.train_from_iterator(chain(_repeated(shared), spelled), trainer)
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizer
+
+
+def _repeated(words: pl.DataFrame) -> Iterator[str]:
+    """Each word as often as it occurs."""
+    for word, times in words.select("word", "occurrences").iter_rows():
+        for first in range(0, times, _REPEATS):
+            yield " ".join([word] * min(_REPEATS, times - first))
+
+
+def _words(tokenizer: Tokenizer, notes: Notes, subjects: pa.Array) -> pl.DataFrame:
+    """``word``, ``patients`` who have it and ``occurrences``, as the tokenizer splits text into words."""
+    found = pl.DataFrame(schema={"word": pl.String, "patients": pl.Int64, "occurrences": pl.Int64})
+    seen = np.array([], np.int64)
+    for table in note_tables(notes):
+        table = table.filter(pc.is_in(table["subject_id"], value_set=subjects))
+        there = np.unique(table["subject_id"].to_numpy())
+        if np.isin(there, seen).any():
+            raise EhrDataError(
+                "`notes` must have all notes of a patient in one shard, or patients cannot be counted. Write them with "
+                "`prepare_notes`, or give one table."
+            )
+        seen = np.concatenate([seen, there])
+        found = pl.concat([found, _words_of(tokenizer, table, there)])
+        found = found.group_by("word").agg(pl.col("patients", "occurrences").sum())
+    return found
+
+
+def _words_of(tokenizer: Tokenizer, table: pa.Table, subjects: np.ndarray) -> pl.DataFrame:
+    """:func:`_words` of a shard, ``subjects`` being its patients."""
+    from tokenizers import Tokenizer, models, trainers
+
+    splitter = Tokenizer(models.WordLevel(unk_token=SPECIAL_TOKENS["unk"]))
+    splitter.normalizer, splitter.pre_tokenizer = tokenizer.normalizer, tokenizer.pre_tokenizer
+    everything = trainers.WordLevelTrainer(vocab_size=1 << 31, min_frequency=0, show_progress=False)
+    splitter.train_from_iterator(_texts([table], None), everything)
+    vocabulary = splitter.get_vocab()
+    owner = np.searchsorted(subjects, table["subject_id"].to_numpy())
+    occurrences, parts, first = np.zeros(len(vocabulary), np.int64), [np.array([], np.int64)], 0
+    for texts in _texts([table], None):
+        ids = [one.ids for one in splitter.encode_batch(texts, add_special_tokens=False)]
+        flat = np.fromiter(chain.from_iterable(ids), np.int64)
+        occurrences += np.bincount(flat, minlength=len(vocabulary))
+        patient = np.repeat(owner[first : first + len(texts)], [len(one) for one in ids])
+        first += len(texts)
+        parts.append(np.unique(patient * len(vocabulary) + flat))
+    patients = np.bincount(np.unique(np.concatenate(parts)) % max(1, len(vocabulary)), minlength=len(vocabulary))
+    place = np.fromiter(vocabulary.values(), np.int64, len(vocabulary))
+    return pl.DataFrame(
+        {"word": list(vocabulary), "patients": patients[place], "occurrences": occurrences[place]}
+    ).cast({"patients": pl.Int64, "occurrences": pl.Int64, "word": pl.String})
 
 
 def _normalizer(cleaning: str, lowercase: bool) -> Any:

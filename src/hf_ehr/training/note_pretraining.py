@@ -57,8 +57,8 @@ class NotePretrainArguments:
     tokenizer: str | None = field(default=None, metadata={"help": "Folder of a tokenizer; fitted here if left out."})
     vocabulary: str = field(default="wordpiece", metadata={"help": "`wordpiece`, or `word` (BERT-XML's)."})
     vocab_size: int = field(default=20_000, metadata={"help": "Size of a vocabulary that is fitted here."})
-    min_frequency: int = field(
-        default=11, metadata={"help": "Fewest occurrences of a word or pair of pieces: a rare word may be a name."}
+    min_patients: int = field(
+        default=11, metadata={"help": "Fewest training patients who have a word: a rare one may be a name."}
     )
     next_sentence: bool = field(default=True, metadata={"help": "Also tell true second halves from another note's."})
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of tokens that are chosen."})
@@ -170,7 +170,7 @@ def _tokenizer(data: NoteArguments, options: NotePretrainArguments) -> Any:
     if options.tokenizer is None:
         return VOCABULARIES[options.vocabulary](
             shard_paths(data.folder.path, "notes"), subject_ids=train, vocab_size=options.vocab_size,
-            min_frequency=options.min_frequency, max_length=data.max_length,
+            min_patients=options.min_patients, max_length=data.max_length,
         )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
     check_fitted_on(tokenizer.init_kwargs.get("fitted_on", ""), train)

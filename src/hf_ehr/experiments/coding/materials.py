@@ -124,7 +124,7 @@ class CodedNotes:
         options = NotePretrainArguments(**self.options)
         tokenizer = VOCABULARIES[options.vocabulary](
             shard_paths(self.arguments.data, "notes"), subject_ids=self.arguments.subjects("train", "unlabelled"),
-            vocab_size=options.vocab_size, min_frequency=options.min_frequency,
+            vocab_size=options.vocab_size, min_patients=options.min_patients,
         )  # fmt: skip
         with atomic_folder(self.tokenizer_folder) as temporary:
             tokenizer.save_pretrained(temporary)

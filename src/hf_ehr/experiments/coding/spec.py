@@ -130,7 +130,7 @@ class CodingSpec:
         comparisons: Pairs (row, reference): the claims.
         compared: Metrics of the comparisons; all are adjusted together (Holm). ``auroc_macro (group)`` names a group.
         draws: Seeds of the rows that are trained; a baseline without one has a single fit.
-        tokenizer: ``vocabulary``, ``vocab_size`` and ``min_frequency``, as ``hf-ehr pretrain-notes`` takes them.
+        tokenizer: ``vocabulary``, ``vocab_size`` and ``min_patients``, as ``hf-ehr pretrain-notes`` takes them.
         encoders: Size → fields of ``EhrBertConfig``, and ``preset``.
         pretraining: Seeds, fields of ``NotePretrainArguments`` and of ``TrainingArguments``.
         finetuning: Fields of ``TrainingArguments``, and ``patience``.
