@@ -238,8 +238,8 @@ def _words(tokenizer: Tokenizer, notes: Notes, subjects: pa.Array) -> pl.DataFra
         there = np.unique(table["subject_id"].to_numpy())
         if np.isin(there, seen).any():
             raise EhrDataError(
-                "`notes` must have all notes of a patient in one shard, or patients cannot be counted. Write them with "
-                "`prepare_notes`, or give one table."
+                "`notes` must have all notes of a patient in one shard, or patients cannot be counted. Write them "
+                "with `prepare_notes`, or give one table."
             )
         seen = np.concatenate([seen, there])
         found = pl.concat([found, _words_of(tokenizer, table, there)])
