@@ -114,6 +114,22 @@ def test_chunks_made_in_the_forward_pass_equal_plain_autograd_in_loss_and_gradie
 
 
 @every_form
+def test_evaluation_with_labels_has_the_same_loss_and_makes_no_gradient(form, small_chunks, monkeypatch):
+    model, batch = coder(**FORMS[form]), text_batch() | {"note_index": NOTES, "labels": TARGETS}
+    expected = model(**batch)
+    calls, grad = [], torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: calls.append(1) or grad(*a, **k))
+    for without in (torch.no_grad, torch.inference_mode):
+        with without():
+            outputs = model(**batch)
+        torch.testing.assert_close(outputs.loss, expected.loss.detach())
+        torch.testing.assert_close(outputs.logits, expected.logits)
+    assert not calls
+    model(**batch)
+    assert calls  # what is counted is what training calls
+
+
+@every_form
 def test_the_number_of_labels_in_a_chunk_changes_nothing(form, monkeypatch):
     model, batch = coder(**FORMS[form]), text_batch() | {"note_index": NOTES}
     expected = []

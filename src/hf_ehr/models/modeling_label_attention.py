@@ -114,8 +114,9 @@ class LabelAttentionHead(nn.Module):
         inputs = self._inputs(tokens)
         per_label, shared = self._rows_and_shared()
         with torch.autocast(inputs[0].device.type, enabled=False):
-            if targets is None:
-                return _chunked_logits(inputs, self.scale, per_label, shared), None
+            if targets is None or not torch.is_grad_enabled():
+                logits = _chunked_logits(inputs, self.scale, per_label, shared)
+                return logits, None if targets is None else weighted_bce(logits, targets, unit_weights)
             loss, logits = _LabelLoss.apply(
                 *inputs, self.scale, targets, unit_weights, len(per_label), *per_label, *shared
             )
@@ -219,9 +220,6 @@ class _LabelLoss(torch.autograd.Function):
     def forward(ctx, keys, values, mask, scale, targets, unit_weights, num_per_label, *parameters):
         per_label, shared = parameters[:num_per_label], parameters[num_per_label:]
         inputs, loss = (keys, values, mask), keys.new_zeros((), dtype=torch.float32)
-        if not any(ctx.needs_input_grad):
-            logits = _chunked_logits(inputs, scale, per_label, shared)
-            return weighted_bce(logits, targets, unit_weights), logits
         # Sums over chunks are kept in fp32: hundreds of small terms would be lost in half precision.
         tensors = (keys, values, *parameters)
         totals = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in tensors]
