@@ -47,6 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
         encoder, tokenizer = options.encoder, AutoTokenizer.from_pretrained(options.encoder)
     else:
         encoder, tokenizer = small_bert(folder, splits["train"])
+    tokenizer.model_max_length = 128  # is saved with the tokenizer: the pipeline reads windows of this length, too
     examples = {
         name: build_coding_examples(folder, tokenizer, codes, note_ids=splits[name], max_length=128).with_format(
             "numpy"
@@ -73,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
     model.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)
     note = next(folder.notes(splits["test"]))["text"][0].as_py()
-    highlight_note(str(options.output), note, options.output / "note.html", max_length=128)
+    highlight_note(str(options.output), note, options.output / "note.html")
     print(f"Open {options.output / 'note.html'} in a browser.")
 
 

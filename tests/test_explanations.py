@@ -196,7 +196,7 @@ def test_an_empty_note_has_offsets_of_special_tokens_only(tokenizer):
     [
         ({}, [3], {}, r"`label_ids` must lie in \[0, 3\)"),
         ({}, [-1], {}, r"`label_ids` must lie in \[0, 3\)"),
-        ({}, [0], {"max_length": 65}, "`max_length` must be at most 64"),
+        ({"max_position_embeddings": 64}, [0], {"max_length": 65}, "`max_length` must be at most 64"),
         ({}, [0], {"max_length": 2}, "`max_length` must exceed the 2 special tokens"),
         ({}, [0], {"batch_size": 0}, "`batch_size` must be at least 1"),
         ({"head": "cls"}, [0], {}, "'gradient' with `head='cls'`"),

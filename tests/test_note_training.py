@@ -23,6 +23,7 @@ from transformers import (
     RobertaForMaskedLM,
     Trainer,
     TrainingArguments,
+    pipeline,
 )
 
 from hf_ehr.code_thresholds import NEVER, tune_thresholds
@@ -218,6 +219,35 @@ def test_a_coder_learns_the_words_of_its_codes_and_stores_thresholds_by_name(dat
     assert 0 < model.config.auto_code_thresholds[names[0]] <= NEVER
     hits, predicted, present = predictions.confusion(tuned.common)[1]
     assert 2 * hits.sum() / (predicted.sum() + present.sum()) > 0.9  # one word decides each code
+
+
+def test_the_pipeline_reads_the_windows_that_the_coder_was_trained_on(data, encoder, tmp_path):
+    short = replace(data, max_length=16)  # the encoder takes 32
+    options = CoderArguments(str(encoder[0]), max_segments=1, min_patients=1)
+    folder = train_coder(short, options, settings(tmp_path, learning_rate=1e-2, num_train_epochs=4))
+    model, tokenizer = (
+        AutoModelForSequenceClassification.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    assert (tokenizer.model_max_length, model.config.max_segments) == (16, 1)
+    names = [model.config.id2label[i] for i in range(model.num_labels)]
+    texts = next(data.folder.notes(data.splits["test"], ["text"]))["text"].to_pylist()
+    coder = pipeline("icd-coding", model=folder, device="cpu", top_k=None, evidence=None)
+    found = [{code["code"]: code["probability"] for code in codes} for codes in coder(texts)]
+    windows = [(16, 1), (16, None), (32, 1)]
+    figures = [
+        predict_codes(
+            model,
+            build_coding_examples(
+                data.folder, tokenizer, names, note_ids=data.splits["test"], max_length=length, max_segments=most
+            ),
+            tokenizer,
+        ).dense()[: len(texts)]
+        for length, most in windows
+    ]
+    ours = np.array([[row[name] for name in names] for row in found])
+    np.testing.assert_allclose(ours, figures[0], atol=1e-5)
+    assert all(np.abs(ours - other).max() > 1e-3 for other in figures[1:])
 
 
 def test_predictions_come_in_the_order_of_the_notes_however_they_are_batched(data, coder, monkeypatch):

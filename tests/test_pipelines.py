@@ -10,6 +10,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 import hf_ehr.pipelines as pipelines
 from hf_ehr import EhrBertConfig, EhrBertForICDCoding, EhrBertForMaskedLM, EhrBertForSequenceClassification
+from hf_ehr.explanations import label_attention_evidence
 from hf_ehr.pipelines import ICDCodingPipeline, highlight_note
 from tests.coders import HIP, names, places, pointing_coder, random_coder, words_of
 
@@ -232,6 +233,21 @@ def test_the_thresholds_of_a_saved_model_decide(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     codes = pipeline("icd-coding", model=tmp_path, device="cpu")(HIP)
     assert {code["code"]: code["decision"] for code in codes} == {S72: "review", J45: "auto-code", LOCAL: "ignore"}
+
+
+@pytest.mark.parametrize("most", [1, 2, None])
+def test_a_coder_reads_as_many_windows_of_a_note_as_it_was_trained_on_and_of_that_length(folder, most):
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    short = AutoTokenizer.from_pretrained(folder)
+    short.model_max_length, model.config.max_segments = 8, most
+    coder, text = coder_of(model, short), "on day a on the left asthma on day a on the hip fracture"
+    inside = {1: [], 2: [J45], None: [J45, S72]}[most]  # six words a window
+    codes = {code["code"]: code for code in coder(text)}
+    assert sorted(code for code, one in codes.items() if one["probability"] > 0.9) == sorted(inside)
+    whole = {code["code"] for code in coder(text, max_length=32) if code["probability"] > 0.9}
+    assert whole == {J45, S72}  # one longer window holds the whole note
+    read = label_attention_evidence(model, short, text, [0]).offsets.max()
+    assert read == {1: text.index(" asthma"), 2: text.index(" hip"), None: len(text)}[most]
 
 
 # Refusals

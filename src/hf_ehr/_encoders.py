@@ -20,9 +20,14 @@ def evaluating(model: Any) -> Iterator[None]:
 
 
 def segment_length(model: Any, tokenizer: Any) -> int:
-    """The longest segment, in tokens, that both the encoder's positions and the tokenizer allow."""
+    """Tokens of a segment unless another length is asked for: the tokenizer's own, which is that of training."""
+    return min(tokenizer.model_max_length, longest_segment(model))
+
+
+def longest_segment(model: Any) -> int:
+    """The longest segment, in tokens, that the encoder's positions allow."""
     tables = [getattr(module, "position_embeddings", None) for module in model.modules()]
     paddings = [getattr(table, "padding_idx", None) for table in tables]
     # RoBERTa's family counts positions from behind the padding id.
     kept = max((padding + 1 for padding in paddings if padding is not None), default=0)
-    return min(tokenizer.model_max_length, model.config.max_position_embeddings - kept)
+    return model.config.max_position_embeddings - kept

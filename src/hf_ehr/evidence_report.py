@@ -117,7 +117,7 @@ def evidence_report(
         validation_spans: Their SPANS.
         descriptions: As in :func:`code_descriptions`, for string match.
         max_spans: Spans of a code, all by default.
-        max_length: Tokens of a segment; the most that the model reads at once by default.
+        max_length: Tokens of a segment; the tokenizer's ``model_max_length`` by default, which is that of training.
         batch_size: Segments that are encoded at a time.
         n_resamples: Of the bootstrap.
         seed: Of the bootstrap and of the random rows.

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from hf_ehr._encoders import evaluating, segment_length
+from hf_ehr._encoders import evaluating, longest_segment, segment_length
 from hf_ehr._scores import Array
 from hf_ehr.ontology import nearest_name
 
@@ -76,7 +76,7 @@ def label_attention_evidence(
         tokenizer: Its fast tokenizer.
         text: The note, of any length.
         label_ids: The codes to explain, ids of ``config.label2id``.
-        max_length: Tokens of a segment; the most that the model reads at once by default.
+        max_length: Tokens of a segment; the tokenizer's ``model_max_length`` by default, which is that of training.
         batch_size: Segments that are encoded at a time.
 
     Raises:
@@ -124,6 +124,9 @@ def segment_texts(
 ) -> NoteSegments:
     """Cuts notes into the segments that ``model`` reads; an empty note is one segment of special tokens.
 
+    A segment has ``max_length`` tokens, those of training by default (``tokenizer.model_max_length``), and of a note
+    the first ``config.max_segments`` are read, all where that is ``None``.
+
     Raises:
         ValueError: ``max_length`` is more than the model takes, or :func:`hf_ehr.notes.segment_notes` refuses.
     """
@@ -131,14 +134,17 @@ def segment_texts(
 
     from hf_ehr.notes import segment_notes
 
-    limit = segment_length(model, tokenizer)
+    limit = longest_segment(model)
     if max_length is not None and max_length > limit:
         raise ValueError(f"`max_length` must be at most {limit}, what the model reads at once, got {max_length}.")
+    length = segment_length(model, tokenizer) if max_length is None else max_length
     # Half of a surrogate pair is no character and has no UTF-8; what takes its place is as long.
     readable = [text.encode("utf-8", "replace").decode() for text in texts]
     ids = [str(number) for number in range(len(texts))]
     notes = pa.table({"note_id": ids, "subject_id": np.arange(len(texts)), "text": pa.array(readable, pa.string())})
-    table = segment_notes(notes, tokenizer, max_length=max_length or limit).combine_chunks()  # type: ignore[arg-type]
+    table = segment_notes(notes, tokenizer, max_length=length).combine_chunks()  # type: ignore[arg-type]
+    if (most := getattr(model.config, "max_segments", None)) is not None:
+        table = table.filter(pa.array(table["segment"].to_numpy() < most)).combine_chunks()
     starts, ends = (table[name].combine_chunks().flatten().to_numpy() for name in ("starts", "ends"))
     borders = table["input_ids"].combine_chunks().offsets.to_numpy()
     lengths = np.diff(borders)

@@ -34,8 +34,9 @@ _Base: Any = Pipeline
 class ICDCodingPipeline(_Base):
     """Codes notes with an ``EhrBertForICDCoding`` on any encoder; ``import hf_ehr`` registers it as ``icd-coding``.
 
-    A note may have any length: it is cut into segments, which are encoded ``batch_size`` at a time. An empty note gets
-    the scores of a note that says nothing, and no spans.
+    A note may have any length: it is cut into segments as in training (``tokenizer.model_max_length`` tokens each; the
+    first ``config.max_segments`` are read, or all), which are encoded ``batch_size`` at a time. An empty note gets the
+    scores of a note that says nothing, and no spans.
 
     Every code is a dict with ``code`` (the label's name), ``description`` (``None`` where nothing knows one),
     ``probability``, ``decision`` and ``spans``. The decision is ``auto-code`` from the code's
@@ -82,7 +83,7 @@ class ICDCodingPipeline(_Base):
                 `label_attention` (default of the label-attention head), `attention_gradient`, `gradient` (default of
                 the [CLS] head, which has no other), or `None` for no spans; `max_spans`: spans of a code, 5 by
                 default, `None` for all; `relative_threshold`: of [`~hf_ehr.evidence.top_spans`]; `max_length`: tokens
-                of a segment, the most that the model reads by default; `descriptions`: code → description, before
+                of a segment, in place of the tokenizer's; `descriptions`: code → description, before
                 `config.label_descriptions` and the public lists.
 
         Returns:

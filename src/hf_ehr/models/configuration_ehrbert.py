@@ -56,6 +56,8 @@ class EhrBertConfig(PreTrainedConfig):
         segment_pooling: How the segments of a long note become one. `attention`: one label attention over the tokens
             of all of them; `max`: the greatest score of any segment (the paper). `None`: `attention` for `xml`, and
             `max` for `cls`, which has nothing else.
+        max_segments: Windows of a note that are read, the first ones; `None` reads all. Their length in training is the
+            `model_max_length` of the tokenizer that was saved beside the model.
         thresholds: Decision threshold per label name, tuned on validation, stored beside `id2label`; from it on a code
             is worth a coder's review.
         common_threshold: One threshold for all labels, with the best micro-F1 on validation: the setting in which
@@ -107,6 +109,7 @@ class EhrBertConfig(PreTrainedConfig):
     label_key_size: int | None = None
     label_output: Literal["shared", "per_label"] = "shared"
     segment_pooling: Literal["attention", "max"] | None = None
+    max_segments: int | None = None
     thresholds: dict | None = None
     common_threshold: float | int | None = None
     auto_code_thresholds: dict | None = None
@@ -187,6 +190,8 @@ class EhrBertConfig(PreTrainedConfig):
 
     def validate_label_attention(self):
         """Sizes are positive, and the [CLS] head has no attention to pool with."""
+        if self.max_segments is not None and self.max_segments < 1:
+            raise ValueError(f"`max_segments` must be at least 1, or None for all, got {self.max_segments}.")
         sizes = [*self.xml_hidden_sizes, *([] if self.label_key_size is None else [self.label_key_size])]
         if any(size < 1 for size in sizes):
             raise ValueError(f"`xml_hidden_sizes` and `label_key_size` must be positive, got {sizes}. Change them.")

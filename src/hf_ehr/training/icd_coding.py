@@ -95,6 +95,7 @@ def train_coder(data: NoteArguments, options: CoderArguments, training: Training
     output = output_of(training)
     check_earlier_stage(options.model, data.manifest())
     tokenizer: Any = AutoTokenizer.from_pretrained(options.model)
+    tokenizer.model_max_length = data.max_length  # is saved, and whoever opens the coder reads the same windows
     codes = codes_in_scope(data, options.more_than, options.min_patients)
     parts = {"train": training_notes(data, options), "validation": data.splits["validation"]}
     examples = {
@@ -109,6 +110,7 @@ def train_coder(data: NoteArguments, options: CoderArguments, training: Training
             "`validation` notes must hold a code in scope, to tune thresholds on, got none. Prepare more notes."
         )
     model, report = new_coder(options, codes, tokenizer, data.max_length, training.seed)
+    model.config.max_segments = options.max_segments
     fit_coder(model, examples["train"], examples["validation"], tokenizer, training)
     store_thresholds(model, predict_codes(model, examples["validation"], tokenizer), options.auto_code_precision)
     if training.process_index == 0:
