@@ -15,6 +15,7 @@ from hf_ehr.code_thresholds import (
     decide,
     routing_scores,
     threshold_for,
+    tune_auto_code,
     tune_thresholds,
 )
 from hf_ehr.intervals import crossed_bootstrap
@@ -367,6 +368,27 @@ def test_a_precision_out_of_reach_assigns_nothing():
             threshold_for(held(scores, targets), precision=bad)
     with pytest.raises(ValueError, match=r"`label` must lie in \[0, 2\), got 2"):
         threshold_for(held(scores, targets), precision=0.5, label=2)
+
+
+def test_codes_need_no_review_from_their_own_precise_threshold_on_and_never_below_review():
+    # Columns: four positives on top; a negative above all positives; one positive; four positives, a negative between.
+    scores = np.array(
+        [[0.9, 0.7, 0.1, 0.9], [0.8, 0.6, 0.8, 0.8], [0.7, 0.5, 0.1, 0.7], [0.6, 0.4, 0.1, 0.6], [0.2, 0.95, 0.3, 0.3]]
+    )
+    targets = np.array([[1, 1, 0, 1], [1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 0, 1], [0, 0, 0, 1]])
+    found = tune_auto_code(held(scores, targets), [0.3, 0.3, 0.85, 0.3], precision=0.9, min_positives=4)
+    # Own thresholds: below .6 but above .2; out of reach (4 of 5 at best); ≥ .75, where precision is still 1. Pooled:
+    # .95 is wrong, then .9 .9 .8 .8 .8 are right (5 of 6), .7 ×3 holds one wrong (7 of 9), .6 ×3 makes 10 of 12.
+    assert found.tolist() == [pytest.approx(0.4), NEVER, NEVER, pytest.approx(0.75)]
+    loose = tune_auto_code(held(scores, targets), [0.3, 0.3, 0.85, 0.3], precision=0.75, min_positives=4)
+    assert loose[2] == 0.85  # what all codes share lies below, and review comes first
+    lower = tune_auto_code(held(scores, targets), 0.1, precision=0.75, min_positives=4)
+    assert lower[2] == threshold_for(held(scores, targets), precision=0.75, n_resamples=1).threshold < 0.85
+    strict = tune_auto_code(held(scores, targets), [0.85, 0.0, 0.0, 0.85], precision=0.75, min_positives=4)
+    assert strict[[0, 3]].tolist() == [pytest.approx(0.85)] * 2  # a label's own cut is at least its review threshold
+    for bad in (0, 1.1):
+        with pytest.raises(ValueError, match="precision"):
+            tune_auto_code(held(scores, targets), 0.5, precision=bad)
 
 
 def test_three_decisions_by_hand():

@@ -26,7 +26,7 @@ from transformers import (
     pipeline,
 )
 
-from hf_ehr.code_thresholds import NEVER, tune_thresholds
+from hf_ehr.code_thresholds import tune_auto_code, tune_thresholds
 from hf_ehr.note_datasets import build_coding_examples
 from hf_ehr.notes import fit_word_tokenizer, prepare_notes
 from hf_ehr.schema import EhrDataError
@@ -216,7 +216,9 @@ def test_a_coder_learns_the_words_of_its_codes_and_stores_thresholds_by_name(dat
     tuned = tune_thresholds(predictions)
     assert model.config.thresholds == pytest.approx(dict(zip(names, tuned.per_label, strict=True)))
     assert model.config.common_threshold == pytest.approx(tuned.common)
-    assert 0 < model.config.auto_code_thresholds[names[0]] <= NEVER
+    auto = tune_auto_code(predictions, tuned.per_label, precision=0.9)
+    assert model.config.auto_code_thresholds == pytest.approx(dict(zip(names, auto, strict=True)))
+    assert all(auto[i] >= model.config.thresholds[name] for i, name in enumerate(names))
     hits, predicted, present = predictions.confusion(tuned.common)[1]
     assert 2 * hits.sum() / (predicted.sum() + present.sum()) > 0.9  # one word decides each code
 

@@ -102,14 +102,11 @@ def threshold_for(
     Raises:
         ValueError: ``precision`` or ``label`` is out of range, or there are no true codes.
     """
-    if not 0 < precision <= 1:
-        raise ValueError(f"`precision` must lie in (0, 1], got {precision}.")
+    _check_precision(precision)
     if label is not None and not 0 <= label < predictions.n_labels:
         raise ValueError(f"`label` must lie in [0, {predictions.n_labels}), got {label}.")
     counts = _pooled(predictions) if label is None else predictions.counts_of(label)
-    hits, assigned = np.cumsum(counts.positives), np.cumsum(counts.positives + counts.negatives)
-    reached = np.flatnonzero(hits >= precision * assigned)
-    threshold = float(counts.cuts[reached[-1]]) if len(reached) else NEVER
+    threshold = _precise_cut(counts, precision)
     limit = np.full(predictions.n_labels, NEVER)
     limit[slice(None) if label is None else label] = threshold
     per_document = predictions.confusion(limit)[1]
@@ -122,6 +119,36 @@ def threshold_for(
     total = int(per_document.predicted.sum())
     mean = total / predictions.n_documents
     return OperatingPoint(threshold, share(per_document.predicted), share(present), total, mean)
+
+
+def tune_auto_code(
+    predictions: MultilabelPredictions, review: ArrayLike, *, precision: float, min_positives: int = MIN_POSITIVES
+) -> Array:
+    """From which probability on a label needs no review: never below its review threshold.
+
+    A label with enough positives has one of its own: the lowest, of those from its review threshold on, at which its
+    precision on these predictions is at least ``precision``. The others share the lowest at which the precision of
+    all labels pooled is, or their review threshold where that is higher. ``NEVER`` where no threshold reaches it.
+
+    Args:
+        predictions: Of the validation documents.
+        review: The thresholds from which on a code is reviewed, one or one a label.
+        precision: Wanted share of true codes among the assigned ones, in (0, 1].
+        min_positives: Positives that a label needs for a threshold of its own.
+
+    Returns:
+        ``(labels,)``.
+
+    Raises:
+        ValueError: ``precision`` is out of range, or there are no true codes.
+    """
+    _check_precision(precision)
+    lower = np.broadcast_to(np.asarray(review, np.float64), predictions.n_labels)
+    auto = np.maximum(_precise_cut(_pooled(predictions), precision), lower)
+    for label, counts in enumerate(predictions.label_counts()):
+        if counts.positives.sum() >= min_positives:
+            auto[label] = _precise_cut(counts, precision, lower[label])
+    return auto
 
 
 def decide(scores: ArrayLike, *, review: ArrayLike, auto_code: ArrayLike) -> Array:
@@ -175,6 +202,18 @@ def _pooled(predictions: MultilabelPredictions) -> ScoreCounts:
     if not len(predictions.cells.labels):
         raise ValueError("`predictions` must hold a true code to tune on, got none. Use a larger validation split.")
     return predictions.pooled_counts()
+
+
+def _check_precision(precision: float) -> None:
+    if not 0 < precision <= 1:
+        raise ValueError(f"`precision` must lie in (0, 1], got {precision}.")
+
+
+def _precise_cut(counts: ScoreCounts, precision: float, at_least: float = 0.0) -> float:
+    """The lowest cut, from ``at_least`` on, with a precision of at least ``precision``; ``NEVER`` if there is none."""
+    hits, assigned = np.cumsum(counts.positives), np.cumsum(counts.positives + counts.negatives)
+    reached = np.flatnonzero((hits >= precision * assigned) & (counts.cuts >= at_least))
+    return float(counts.cuts[reached[-1]]) if len(reached) else NEVER
 
 
 def _best_cut(counts: ScoreCounts) -> float:

@@ -14,7 +14,7 @@ import numpy as np
 
 from hf_ehr import ontology
 from hf_ehr._scores import Array
-from hf_ehr.code_thresholds import DECISIONS, routing_scores, threshold_for, tune_thresholds
+from hf_ehr.code_thresholds import DECISIONS, routing_scores, tune_auto_code, tune_thresholds
 from hf_ehr.intervals import Interval, holm, verdict
 from hf_ehr.multilabel import (
     BAND_EDGES,
@@ -43,7 +43,7 @@ HEADINGS = {
     "f1_all_codes": "F1, all codes",
 }
 AUTO_CODE_PRECISION = 0.9
-"""Precision on validation notes from which a code is assigned without review."""
+"""Precision on validation notes from which on a code is assigned without review."""
 COLLAPSED = 1e-4
 """Scores that differ by less over notes, or over codes, say nothing."""
 DEFINITIONS = (
@@ -281,7 +281,7 @@ def _points(test: CodingTest, predictions: MultilabelPredictions, threshold: flo
 
 
 def _routing(validation: MultilabelPredictions, test: MultilabelPredictions, review: float) -> dict:
-    auto = threshold_for(validation, precision=AUTO_CODE_PRECISION, n_resamples=1).threshold
+    auto = tune_auto_code(validation, review, precision=AUTO_CODE_PRECISION)
     return routing_scores(test, review=review, auto_code=auto)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_ehr.code_thresholds import DECISIONS
+from hf_ehr.code_thresholds import DECISIONS, MIN_POSITIVES
 from hf_ehr.coding_report import (
     AUTO_CODE_PRECISION,
     HEADINGS,
@@ -162,8 +162,9 @@ def _categories(results: Sequence[CodingResult]) -> list[str]:
 
 def _routing(results: Sequence[CodingResult]) -> list[str]:
     lines = [
-        f"Codes are assigned alone from the threshold on that reaches a precision of {AUTO_CODE_PRECISION:.0%} on "
-        "validation notes, and are put before a coder from the one with the best F1 on.", "",
+        "Codes are put before a coder from the common threshold on, and are assigned alone from the one on that "
+        f"reaches a precision of {AUTO_CODE_PRECISION:.0%} on validation notes: the code's own where it has "
+        f"{MIN_POSITIVES} of them, else that of all codes together, never below the first.", "",
     ]  # fmt: skip
     header = ["Row"]
     for decision in reversed(DECISIONS[1:]):

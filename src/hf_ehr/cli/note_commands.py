@@ -64,9 +64,7 @@ class HighlightArguments:
     evidence: str | None = field(
         default=None, metadata={"help": "What marks text: label_attention, attention_gradient or gradient."}
     )
-    max_length: int | None = field(
-        default=None, metadata={"help": "Tokens of a window; those of training if left out."}
-    )
+    max_length: int | None = field(default=None, metadata={"help": "Tokens of a window; as in training if left out."})
 
 
 def prepare_notes(words: list[str]) -> None:

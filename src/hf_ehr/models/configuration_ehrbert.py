@@ -56,13 +56,14 @@ class EhrBertConfig(PreTrainedConfig):
         segment_pooling: How the segments of a long note become one. `attention`: one label attention over the tokens
             of all of them; `max`: the greatest score of any segment (the paper). `None`: `attention` for `xml`, and
             `max` for `cls`, which has nothing else.
-        max_segments: Windows of a note that are read, the first ones; `None` reads all. Their length in training is the
-            `model_max_length` of the tokenizer that was saved beside the model.
+        max_segments: Windows of a note that are read, the first ones; `None` reads all. Their length in training is
+            the `model_max_length` of the tokenizer that was saved beside the model.
         thresholds: Decision threshold per label name, tuned on validation, stored beside `id2label`; from it on a code
             is worth a coder's review.
         common_threshold: One threshold for all labels, with the best micro-F1 on validation: the setting in which
             papers compare, and what a label without one of its own takes.
-        auto_code_thresholds: As `thresholds`, for codes that need no review; without one a label needs it.
+        auto_code_thresholds: As `thresholds`, for codes that need no review; without one a label needs it. Tuned ones
+            are never below `thresholds`, and 2 where no probability is enough.
         label_descriptions: Description per label name, where the public code lists have none or another language.
 
     Example:

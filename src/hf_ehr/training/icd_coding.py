@@ -21,7 +21,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_ehr.code_thresholds import threshold_for, tune_thresholds
+from hf_ehr.code_thresholds import tune_auto_code, tune_thresholds
 from hf_ehr.label_embeddings import LabelInitReport, init_label_embeddings
 from hf_ehr.models.modeling_ehrbert import EhrBertForICDCoding
 from hf_ehr.multilabel import trainer_code_metrics
@@ -77,7 +77,7 @@ class CoderArguments:
     draw: int = field(default=0, metadata={"help": "Which random order they are taken from."})
     untrained: bool = field(default=False, metadata={"help": "Keep the architecture, forget the weights."})
     auto_code_precision: float | None = field(
-        default=None, metadata={"help": "Also store the threshold that reaches this precision on validation notes."}
+        default=None, metadata={"help": "Also store the thresholds that reach this precision on validation notes."}
     )
 
 
@@ -223,14 +223,21 @@ def predict_codes(model: Any, examples: datasets.Dataset, tokenizer: Any) -> Mul
 
 
 def store_thresholds(model: Any, validation: MultilabelPredictions, auto_code_precision: float | None = None) -> None:
-    """Tunes thresholds on validation notes and writes them into the configuration: by label name, and a common one."""
+    """Tunes thresholds on validation notes and writes them into the configuration: by label name, and a common one.
+
+    Args:
+        model: The coder.
+        validation: Its predictions of the validation notes.
+        auto_code_precision: Also stores from where on a code needs no review
+            (:func:`hf_ehr.code_thresholds.tune_auto_code`).
+    """
     names = [model.config.id2label[index] for index in range(model.num_labels)]
     tuned = tune_thresholds(validation)
     model.config.thresholds = dict(zip(names, map(float, tuned.per_label), strict=True))
     model.config.common_threshold = float(tuned.common)
     if auto_code_precision is not None:
-        point = threshold_for(validation, precision=auto_code_precision)
-        model.config.auto_code_thresholds = dict.fromkeys(names, point.threshold)
+        auto = tune_auto_code(validation, tuned.per_label, precision=auto_code_precision)
+        model.config.auto_code_thresholds = dict(zip(names, map(float, auto), strict=True))
 
 
 def takes_packed(model: Any) -> bool:
