@@ -92,9 +92,12 @@ def test_codes_out_of_scope_count_as_missed_so_that_few_labels_do_not_flatter():
     assert found.figures["f1_micro"].value == pytest.approx(2 * 5 / (8 + 5))
     text = "\n".join(sections(small_test(out_of_scope=np.array([1, 0, 3])), [found]))
     assert "Recall, all codes" in text
+    assert "MAP, all codes" in text
+    # (1 + 2/3 of the sum of two) over 3 codes, 1 over 1, 2 over 5
+    assert found.figures["map_all_codes"].value == pytest.approx(((1 + 2 / 3) / 3 + 1 + 2 / 5) / 3)
     assert "0.556" in text
     plain = score_row(small_test(), row, n_resamples=5)
-    assert "recall_all_codes" not in plain.figures  # it would say the same twice
+    assert not {"recall_all_codes", "map_all_codes"} & set(plain.figures)  # it would say the same twice
 
 
 def test_seeds_are_averaged_and_their_spread_is_that_of_the_single_figures():

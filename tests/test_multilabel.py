@@ -504,6 +504,21 @@ def test_codes_out_of_scope_count_as_missed():
     assert found["f1_micro"].value == pytest.approx(2 * 3 / (5 + 5))
 
 
+def test_codes_out_of_scope_are_never_found_in_the_ranking_of_a_document():
+    # Ranked first, second | third, nothing true; the second has two codes beyond, the third only one beyond.
+    scores = [[0.9, 0.8, 0.1], [0.6, 0.5, 0.4], [0.3, 0.2, 0.1], [0.3, 0.2, 0.1]]
+    targets = [[1, 1, 0], [0, 0, 1], [0, 0, 0], [0, 0, 0]]
+    predictions = held(np.array(scores), np.array(targets))
+    options = {"out_of_scope": [0, 2, 1, 0], "n_resamples": 300, "metrics": ["map", "map_all_codes"]}
+    found = multilabel_intervals(predictions, **options)
+    assert found["map"].value == pytest.approx((1 + 1 / 3) / 2)
+    # Sums over the codes of a document, (1 + 1) / 2, (1/3 + 0 + 0) / 3 and 0 / 1; the last has no code at all.
+    assert found["map_all_codes"].value == pytest.approx((1 + 1 / 9 + 0) / 3)
+    assert 0 <= found["map_all_codes"].low < found["map_all_codes"].value < found["map_all_codes"].high <= 1
+    none = multilabel_intervals(predictions, **(options | {"out_of_scope": np.zeros(4, int)}))
+    assert none["map_all_codes"] == none["map"]
+
+
 def test_a_group_of_labels_has_its_own_macro_area():
     # A ranks its documents .9 .7 | .1, B .6 against .8 and .2
     groups = {"two": [True, True, False, False], "none": [False, False, False, True]}

@@ -37,6 +37,7 @@ HEADINGS = {
     "f1_micro": "F1 micro",
     "f1_macro": "F1 macro",
     "map": "MAP",
+    "map_all_codes": "MAP, all codes",
     "precision_at_5": "P@5",
     "precision_at_8": "P@8",
     "recall_all_codes": "Recall, all codes",
@@ -263,7 +264,7 @@ def is_collapsed(predictions: MultilabelPredictions, threshold: float) -> bool:
 
 
 def _metrics(test: CodingTest) -> list[str]:
-    hidden = () if np.any(test.out_of_scope) else ("recall_all_codes", "f1_all_codes")
+    hidden = () if np.any(test.out_of_scope) else ("map_all_codes", "recall_all_codes", "f1_all_codes")
     return [name for name in HEADINGS if name not in hidden]
 
 

@@ -56,8 +56,9 @@ def multilabel_intervals(
         ks: Cut-offs of P@k.
         metrics: Figures to compute; all by default.
         groups: Name → labels, boolean ``(labels,)``: adds ``auroc_macro (name)`` over these labels alone.
-        out_of_scope: True codes of each document that are no label, ``(documents,)``: with ``threshold`` adds
-            ``recall_all_codes`` and ``f1_all_codes``, in which each of them counts as missed.
+        out_of_scope: True codes of each document that are no label, ``(documents,)``: adds ``map_all_codes`` and, with
+            ``threshold``, ``recall_all_codes`` and ``f1_all_codes``, in which each of them counts as missed: never
+            ranked, and never assigned.
         n_resamples: Number of resamples.
         seed: Of the resampling.
         level: Coverage.
@@ -123,6 +124,8 @@ def figures_of(
         (by_label, lambda: _macro(predictions, weights, groups or {})),
         ([*(f"precision_at_{k}" for k in ks), "r_precision", "map"], lambda: _ranked(predictions, weights, ks)),
     ]
+    if out_of_scope is not None:
+        parts.append((["map_all_codes"], lambda: {"map_all_codes": _map_all(predictions, weights, out_of_scope)}))
     if threshold is not None:
         names = ["f1_micro", "f1_macro", "exact_match"]
         names += [] if out_of_scope is None else ["recall_all_codes", "f1_all_codes"]
@@ -185,6 +188,14 @@ def _ranked(predictions: MultilabelPredictions, weights: Array, ks: Sequence[int
     figures = {f"precision_at_{k}": _mean(precision_at_k(cells, n, k), weights) for k in ks}
     figures["r_precision"] = _mean(precision_at_k(cells, n, present), weights)
     return figures | {"map": _mean(document_precision(cells, n), weights)}
+
+
+def _map_all(predictions: MultilabelPredictions, weights: Array, out_of_scope: ArrayLike) -> Array:
+    """MAP over all codes of a document: one that is no label is never found, and adds 0 to the sum."""
+    cells, n = predictions.cells, predictions.n_documents
+    present = np.bincount(cells.documents, minlength=n)
+    found = np.nan_to_num(document_precision(cells, n)) * present
+    return _mean(_ratio(found, present + np.asarray(out_of_scope)), weights)
 
 
 def _chunks(cells: int, weights: Array) -> Iterator[slice]:
