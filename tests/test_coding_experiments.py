@@ -94,12 +94,16 @@ def test_labels_in_and_out_of_scope_are_all_labels(spec, work):
     scope = notes.scope
     for split in ("train", "validation", "test"):
         place = {name: index for index, name in enumerate(scope.note_ids[split])}
-        codes = [set() for _ in place]
+        codes, carried = [set() for _ in place], [set() for _ in place]
         for row in labels:
             if row["note_id"] in place:
                 codes[place[row["note_id"]]].add(row["code"])
+                if row["provenance"] == "imputed":
+                    carried[place[row["note_id"]]].add(row["code"])
         inside = [{scope.codes[i] for i in row.indices} for row in scope.truth[split]]
         assert inside == [each & set(scope.codes) for each in codes]
+        imputed = [{scope.codes[i] for i in row.indices} for row in scope.imputed[split]]
+        assert imputed == [each & set(scope.codes) for each in carried]
         assert scope.out_of_scope[split].tolist() == [len(each - set(scope.codes)) for each in codes]
     assert scope.out_of_scope["test"].sum() > 0  # 20 codes of 8 patients and more: the rarest are none
     assert scope.never_seen["train"].sum() == 0

@@ -8,9 +8,18 @@ import math
 
 import numpy as np
 import pytest
+from scipy import sparse
 
 from hf_ehr.code_thresholds import tune_thresholds
-from hf_ehr.coding_report import CodedRow, CodingTest, adjusted, compare_rows, is_collapsed, score_row
+from hf_ehr.coding_report import (
+    CodedRow,
+    CodingTest,
+    adjusted,
+    compare_rows,
+    is_collapsed,
+    provenance_scores,
+    score_row,
+)
 from hf_ehr.coding_tables import code_records, difference_lines, sections, write_coding_tables
 from hf_ehr.intervals import NO_DIFFERENCE, Interval, crossed_bootstrap
 from hf_ehr.multilabel import document_precision, multilabel_scores
@@ -98,6 +107,27 @@ def test_codes_out_of_scope_count_as_missed_so_that_few_labels_do_not_flatter():
     assert "0.556" in text
     plain = score_row(small_test(), row, n_resamples=5)
     assert not {"recall_all_codes", "map_all_codes"} & set(plain.figures)  # it would say the same twice
+
+
+def test_codes_carried_over_are_scored_apart_by_hand():
+    row = CodedRow("row", [held(SCORES)], [held(SCORES)])
+    imputed = sparse.csr_array(np.array([[0, 0, 1, 0], [0, 0, 0, 0], [0, 0, 1, 0]]))
+    test = small_test(imputed=imputed)
+    found = provenance_scores(test, row.test[0], 0.5)
+    # Native A.9 A.7 B.6, imputed C.3 C.4; true codes of the other kind are left out of a ranking.
+    assert (found["codes_native"], found["codes_imputed"]) == (3, 2)
+    assert (found["recall_native"], found["recall_imputed"]) == (1, 0)
+    # Without .3 and .4: .9 + | .8 | .7 + | .6 + tied with a negative .6
+    assert found["average_precision_micro_native"] == pytest.approx((1 + 2 / 3 + 3 / 5) / 3)
+    # Without .9 .7 .6: .8 | .6 | .4 + tied with .4 | .3 +
+    assert found["average_precision_micro_imputed"] == pytest.approx((1 / 4 + 2 / 5) / 2)
+    result = score_row(test, row, n_resamples=5)
+    assert result.points["recall_imputed"] == 1  # the row's own threshold is .25
+    assert "| row | 1.000 | 0.756 | 1.000 | 0.325 |" in sections(test, [result])
+    for none in (None, sparse.csr_array((3, 4))):
+        plain = score_row(small_test(imputed=none), row, n_resamples=5)
+        assert "recall_imputed" not in plain.points
+        assert not any("carried over" in line for line in sections(small_test(), [plain]))
 
 
 def test_seeds_are_averaged_and_their_spread_is_that_of_the_single_figures():

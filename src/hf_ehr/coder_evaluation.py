@@ -20,6 +20,7 @@ from .evidence_report import evidence_report
 from .explanations import code_descriptions
 from .multilabel_predictions import MultilabelPredictions
 from .note_datasets import build_coding_examples
+from .notes import imputed_cells
 from .schema import EhrDataError, atomic_path
 from .tasks.audit import OneShotTest
 from .training import CODER_FILE, NoteArguments, check_earlier_stage, predict_codes, training_notes
@@ -166,7 +167,10 @@ def coded_rows(model: str | Path, data: NoteArguments, options: CoderArguments) 
     notes = [f"{len(examples[name]):,} {name} notes" for name in examples]
     counts = np.asarray(truth["train"].sum(axis=0)).ravel()
     beyond = _out_of_scope(data, examples["test"]["note_id"][:], codes)
-    test = CodingTest("test notes", codes, names, counts, subjects, beyond, notes=[", ".join(notes) + "."])
+    test = CodingTest(
+        "test notes", codes, names, counts, subjects, beyond, notes=[", ".join(notes) + "."],
+        imputed=imputed_cells(data.folder.labels(), examples["test"]["note_id"][:], codes),
+    )  # fmt: skip
     return test, rows
 
 

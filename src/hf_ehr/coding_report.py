@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from scipy import sparse
 
 from hf_ehr import ontology
 from hf_ehr._scores import Array
@@ -24,6 +25,7 @@ from hf_ehr.multilabel import (
     hierarchical_scores,
     label_scores,
     macro_scores,
+    micro_scores,
 )
 from hf_ehr.multilabel_intervals import figures_of, multilabel_intervals
 from hf_ehr.multilabel_predictions import MultilabelPredictions
@@ -72,6 +74,7 @@ class CodingTest:
         band_edges: As in :func:`hf_ehr.multilabel.frequency_bands`.
         groups: Further groups of labels, name → boolean ``(labels,)``.
         notes: What a reader must know about the data.
+        imputed: Which true codes were carried over from other notes, 0/1 ``(notes, labels)``; None: none were.
     """
 
     name: str
@@ -83,6 +86,7 @@ class CodingTest:
     band_edges: Sequence[int] = BAND_EDGES
     groups: Mapping[str, Array] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    imputed: sparse.csr_array | None = None
 
     def bands(self) -> dict[str, Array]:
         """Labels of each band of training notes, from rare to frequent; empty bands are left out."""
@@ -256,6 +260,29 @@ def adjusted(differences: Sequence[CodingDifference]) -> list[CodingDifference]:
     ]  # fmt: skip
 
 
+def provenance_scores(test: CodingTest, predictions: MultilabelPredictions, threshold: float) -> dict[str, float]:
+    """Codes that were coded for a note, and those carried over from other notes, apart (L10).
+
+    Returns:
+        Of either kind ``codes_``, ``recall_`` at the threshold, and ``average_precision_micro_``, for which the true
+        codes of the other kind are left out; nothing where no code of the test notes was carried over.
+    """
+    if test.imputed is None or not test.imputed.nnz:
+        return {}
+    scores, true, carried = predictions.dense(), predictions.targets().toarray() > 0, test.imputed.toarray() > 0
+    found = {}
+    for name, kind, other in (
+        ("native", true & ~carried, true & carried),
+        ("imputed", true & carried, true & ~carried),
+    ):
+        kept = MultilabelPredictions(1)
+        kept.add(scores[~other][:, None], kind[~other][:, None])
+        found[f"codes_{name}"] = float(kind.sum())
+        found[f"recall_{name}"] = float(np.mean(scores[kind] >= threshold)) if kind.any() else math.nan
+        found[f"average_precision_micro_{name}"] = micro_scores(kept)["average_precision_micro"]
+    return found
+
+
 def is_collapsed(predictions: MultilabelPredictions, threshold: float) -> bool:
     """Whether scores do not depend on the note, or not on the code, or nearly all codes are assigned to all notes."""
     scores = predictions.dense().astype(np.float64)
@@ -273,6 +300,7 @@ def _points(test: CodingTest, predictions: MultilabelPredictions, threshold: flo
     above = [[name] if name else [] for name in ontology.category(test.codes)]
     macro = macro_scores(labels)
     points = {name: macro[name] for name in ("f1_macro_caml", "labels_evaluated", "labels_dropped")}
+    points |= provenance_scores(test, predictions, threshold)
     of_documents = predictions.confusion(threshold)[1]
     points |= document_scores(predictions, ks=(5, 8, 15)) | assignment_scores(of_documents)
     if any(above):

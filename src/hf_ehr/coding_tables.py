@@ -49,6 +49,8 @@ def sections(test: CodingTest, results: Sequence[CodingResult], detailed: str | 
         lines += ["### Macro AUROC by chapter", "", *_groups(chapters, results, intervals=False), ""]
     if any("category_f1_counts" in one.points for one in results):
         lines += ["### Agreement on three-character categories", "", *_categories(results), ""]
+    if any("recall_imputed" in one.points for one in results):
+        lines += ["### Codes of the note itself, and codes carried over", "", *_provenances(results), ""]
     lines += ["### Routing", "", *_routing(results), ""]
     if any(one.draws > 1 for one in results):
         lines += ["### Between seeds", "", *_seeds(test, results), ""]
@@ -158,6 +160,19 @@ def _categories(results: Sequence[CodingResult]) -> list[str]:
     header = [name.removeprefix("category_").replace("_", " (") + ")" for name in names]
     rows = [[one.row, *(_number(one.points[name]) for name in names)] for one in results]
     return _table(["Row", *header], rows)
+
+
+def _provenances(results: Sequence[CodingResult]) -> list[str]:
+    counts = results[0].points
+    note = (
+        f"{counts['codes_native']:,.0f} codes were given for the test notes; {counts['codes_imputed']:,.0f} are "
+        "imputed, carried over from elsewhere, and may have no evidence in the text. Recall is at the threshold of F1; "
+        "AP leaves out the true codes of the other kind."
+    )
+    names = [f"{figure}_{kind}" for kind in ("native", "imputed") for figure in ("recall", "average_precision_micro")]
+    header = ["Row", "Recall, native", "AP micro, native", "Recall, imputed", "AP micro, imputed"]
+    rows = [[one.row, *(_number(one.points[name]) for name in names)] for one in results]
+    return [note, "", *_table(header, rows)]
 
 
 def _routing(results: Sequence[CodingResult]) -> list[str]:

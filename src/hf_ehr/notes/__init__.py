@@ -3,7 +3,7 @@
 from .cleaning import CleanedText, CleaningName, clean, clean_with_offsets
 from .corpus import FilteredNotes, filter_notes, segment_notes
 from .folder import NoteFolder
-from .labels import frequent_codes, impute_chronic_codes, keep_codes, label_ids
+from .labels import frequent_codes, impute_chronic_codes, imputed_cells, keep_codes, label_ids
 from .prepare import format_notes_summary, prepare_notes
 from .tables import (
     DISTRACTOR_KINDS,
@@ -35,6 +35,7 @@ __all__ = [
     "format_notes_summary",
     "frequent_codes",
     "impute_chronic_codes",
+    "imputed_cells",
     "keep_codes",
     "label_ids",
     "oov_per_note",

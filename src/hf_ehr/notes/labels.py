@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
+from scipy import sparse
 
 from hf_ehr.ontology import chronic
 from hf_ehr.schema import EhrDataError
@@ -43,6 +44,26 @@ def keep_codes(labels: pa.Table, codes: Collection[str]) -> pa.Table:
     """The LABELS whose code is in scope. Notes are not touched: one without codes in scope is an all-zero example."""
     labels = check_note_labels(labels)
     return labels.filter(pc.is_in(labels["code"], value_set=_strings(codes)))
+
+
+def imputed_cells(labels: pa.Table, note_ids: Any, codes: Sequence[str]) -> sparse.csr_array:
+    """Which of the true codes of notes were carried over alone, and not coded for the note (L10).
+
+    Args:
+        labels: LABELS; a code that a note has both ways is native.
+        note_ids: The notes, one row each.
+        codes: The codes in scope, one column each.
+
+    Returns:
+        0/1, ``(notes, codes)``.
+    """
+    given = pl.DataFrame(check_note_labels(labels).select(LABEL_TABLE_SCHEMA.names))
+    carried = given.group_by("note_id", "code").agg((pl.col("provenance") == "imputed").all()).filter("provenance")
+    rows = pl.DataFrame({"note_id": pl.Series(list(note_ids), dtype=pl.String)}).with_row_index("row")
+    columns = pl.DataFrame({"code": pl.Series(list(codes), dtype=pl.String)}).with_row_index("column")
+    cells = carried.join(rows, on="note_id").join(columns, on="code")
+    places = cells["row"].to_numpy(), cells["column"].to_numpy()
+    return sparse.csr_array((np.ones(len(cells), np.int8), places), (len(rows), len(columns)))
 
 
 def label_ids(notes: pa.Table, labels: pa.Table, codes: Sequence[str]) -> pa.ListArray:

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, TrainingArguments
 from hf_ehr import ontology
 from hf_ehr.experiments.coding.spec import CodingData, CodingRow, CodingSpec
 from hf_ehr.experiments.spec import digest, expanded
-from hf_ehr.notes import NoteFolder, prepare_notes
+from hf_ehr.notes import NoteFolder, imputed_cells, prepare_notes
 from hf_ehr.notes.folder import CODE_TABLE_SCHEMA
 from hf_ehr.notes.tables import LABEL_TABLE_SCHEMA, SPAN_TABLE_SCHEMA
 from hf_ehr.ontology import nearest_name
@@ -42,6 +42,7 @@ class Scope:
         truth: Split → 0/1, ``(notes, labels)``.
         out_of_scope: Split → codes of each note that are no label.
         never_seen: Split → those of them that no training note has.
+        imputed: Split → true cells whose code was carried over from another note, 0/1, ``(notes, labels)``.
     """
 
     codes: list[str]
@@ -51,6 +52,7 @@ class Scope:
     truth: dict[str, sparse.csr_array]
     out_of_scope: dict[str, np.ndarray]
     never_seen: dict[str, np.ndarray]
+    imputed: dict[str, sparse.csr_array]
 
     @property
     def train_counts(self) -> np.ndarray:
@@ -101,6 +103,9 @@ class CodedNotes:
             truth={split: part[2] for split, part in found.items()},
             out_of_scope={split: self._missing(split, part[0], codes) for split, part in found.items()},
             never_seen={split: self._missing(split, part[0], seen) for split, part in found.items()},
+            imputed={
+                split: imputed_cells(self.arguments.folder.labels(), part[0], codes) for split, part in found.items()
+            },
         )
 
     def texts(self, split: str) -> list[str]:

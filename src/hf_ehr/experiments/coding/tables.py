@@ -78,6 +78,7 @@ def _test(notes: CodedNotes, scope: Scope) -> CodingTest:
     return CodingTest(
         data.name, scope.codes, scope.descriptions, scope.train_counts, scope.subjects["test"],
         scope.out_of_scope["test"], data.band_edges, _kinds(data, scope.codes), scope_notes(notes, scope),
+        scope.imputed["test"],
     )  # fmt: skip
 
 
