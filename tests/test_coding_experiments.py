@@ -201,6 +201,8 @@ def test_a_coder_is_evaluated_beside_its_rivals_and_gets_a_card(spec, work, tmp_
     card = (tmp_path / "coder" / "README.md").read_text()
     assert "not a medical device" in card
     assert "| TF-IDF LR |" in card
+    assert "### As stored in the configuration" in card
+    assert "### As stored in the configuration" in table.read_text()
     with pytest.raises(EhrDataError, match="finetune ehrbert"):
         evaluate_coder(CoderEvaluateArguments(str(encoder), str(tmp_path / "nothing")))
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from scipy import sparse
 
+from hf_ehr import EhrBertConfig
 from hf_ehr.code_thresholds import tune_thresholds
 from hf_ehr.coding_report import (
     CodedRow,
@@ -20,7 +21,7 @@ from hf_ehr.coding_report import (
     provenance_scores,
     score_row,
 )
-from hf_ehr.coding_tables import code_records, difference_lines, sections, write_coding_tables
+from hf_ehr.coding_tables import code_records, difference_lines, sections, stored_lines, write_coding_tables
 from hf_ehr.intervals import NO_DIFFERENCE, Interval, crossed_bootstrap
 from hf_ehr.multilabel import document_precision, multilabel_scores
 from hf_ehr.multilabel_predictions import MultilabelPredictions
@@ -107,6 +108,27 @@ def test_codes_out_of_scope_count_as_missed_so_that_few_labels_do_not_flatter():
     assert "0.556" in text
     plain = score_row(small_test(), row, n_resamples=5)
     assert not {"recall_all_codes", "map_all_codes"} & set(plain.figures)  # it would say the same twice
+
+
+def test_the_thresholds_of_a_configuration_are_evaluated_as_they_are_stored():
+    config = EhrBertConfig.tiny(
+        vocab_size=9, thresholds={CODES[0]: 0.8, CODES[1]: 0.5}, common_threshold=0.35,
+        auto_code_thresholds={CODES[0]: 0.85, CODES[1]: 2.0},
+    )  # fmt: skip
+    lines = stored_lines(config, small_test(), held(SCORES))
+    # Reviewed from .8 .5 .35 .35 on: A B | C D | B C, hits A | – | B C. Coded alone: A of the first note.
+    first, second = (line.split(" | ") for line in lines if "thresholds`" in line and line.startswith("|"))
+    assert first[1].startswith(f"{2 * 3 / (6 + 5):.3f}")
+    f1 = [2 / (1 + 2), 2 / (2 + 1), 2 / (2 + 2)]  # of A, B, C
+    assert first[2].startswith(f"{np.mean(f1):.3f}")
+    assert [cell.strip(" |") for cell in first[3:]] == ["0.500", "0.600", "2.000"]
+    assert [cell.strip(" |") for cell in second[3:]] == ["1.000", "0.200", "0.333"]
+    table = [line for line in lines if line.startswith(("| auto", "| review", "| ignore"))]
+    assert table == [
+        "| auto-code | 0.333 | 1.000 | 0.200 |",
+        "| review | 1.667 | 0.400 | 0.400 |",
+        "| ignore | 2.000 | 0.333 | 0.400 |",
+    ]
 
 
 def test_codes_carried_over_are_scored_apart_by_hand():

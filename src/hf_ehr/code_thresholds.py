@@ -5,7 +5,9 @@ Nothing here may see the test set: a threshold tuned on it flatters every figure
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -18,6 +20,8 @@ MIN_POSITIVES = 20
 """Validation positives below which a label's own threshold would be noise."""
 NEVER = 2.0
 """A threshold that no probability reaches; unlike infinity it can be written to JSON."""
+DEFAULT_THRESHOLD = 0.5
+"""Of a label without a threshold, in a configuration without a common one."""
 DECISIONS = ("ignore", "review", "auto-code")
 
 
@@ -149,6 +153,16 @@ def tune_auto_code(
         if counts.positives.sum() >= min_positives:
             auto[label] = _precise_cut(counts, precision, lower[label])
     return auto
+
+
+def stored_thresholds(config: Any, codes: Sequence[str]) -> tuple[list[float], list[float]]:
+    """From where on a configuration has each of the ``codes`` reviewed and coded without review.
+
+    A code without a threshold takes ``common_threshold``, else 0.5, and is never coded without review.
+    """
+    own, auto = config.thresholds or {}, config.auto_code_thresholds or {}
+    common = DEFAULT_THRESHOLD if config.common_threshold is None else config.common_threshold
+    return [own.get(code, common) for code in codes], [auto.get(code, NEVER) for code in codes]
 
 
 def decide(scores: ArrayLike, *, review: ArrayLike, auto_code: ArrayLike) -> Array:

@@ -11,11 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from scipy import sparse
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from . import note_baselines
 from .coding_report import DEFINITIONS, CodedRow, CodingTest, adjusted, compare_rows, score_row
-from .coding_tables import difference_lines, sections, write_coding_tables
+from .coding_tables import difference_lines, sections, stored_lines, write_coding_tables
 from .evidence_report import evidence_report
 from .explanations import code_descriptions
 from .multilabel_predictions import MultilabelPredictions
@@ -48,8 +48,10 @@ coder = pipeline("icd-coding", model=folder)
 coder("Admitted with dyspnea, known heart failure.")
 ```
 
-The thresholds in `config.thresholds` were tuned on validation notes. Splits are by patient; `splits.json` holds them
-as salted hashes. Only the codes listed are ever assigned: a rarer one is missed, and counts as missed under "all
+The thresholds in the configuration were tuned on validation notes. What they do to test notes is under "As stored in
+the configuration"; every other F1 and routing is at one threshold for all codes, tuned the same way for each row
+(`config.common_threshold` is the coder's), so that rows can be compared. Splits are by patient; `splits.json` holds
+them as salted hashes. Only the codes listed are ever assigned: a rarer one is missed, and counts as missed under "all
 codes".
 
 {table}
@@ -84,6 +86,10 @@ def evaluate_coder(arguments: CoderEvaluateArguments) -> Path:
     differences = adjusted([one for rival in rows[:-1] for one in compare_rows(test, ours, rival, COMPARED)])
     lines = [
         *sections(test, results, ours.name),
+        "### As stored in the configuration",
+        "",
+        *stored_lines(AutoConfig.from_pretrained(arguments.model), test, ours.test[0]),
+        "",
         "### Differences",
         "",
         *difference_lines(differences),

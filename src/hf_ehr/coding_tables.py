@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_ehr.code_thresholds import DECISIONS, MIN_POSITIVES
+from hf_ehr.code_thresholds import DECISIONS, MIN_POSITIVES, routing_scores, stored_thresholds
 from hf_ehr.coding_report import (
     AUTO_CODE_PRECISION,
     HEADINGS,
@@ -20,6 +20,8 @@ from hf_ehr.coding_report import (
     CodingTest,
 )
 from hf_ehr.intervals import Interval
+from hf_ehr.multilabel_intervals import multilabel_intervals
+from hf_ehr.multilabel_predictions import MultilabelPredictions
 from hf_ehr.reports import csv_text, finite
 from hf_ehr.schema import atomic_path
 from hf_ehr.visualization import forest_plot, label_auroc_histogram
@@ -55,6 +57,34 @@ def sections(test: CodingTest, results: Sequence[CodingResult], detailed: str | 
     if any(one.draws > 1 for one in results):
         lines += ["### Between seeds", "", *_seeds(test, results), ""]
     return [*lines, f"### The most frequent codes: {shown.row}", "", *_frequent(test, shown), ""]
+
+
+def stored_lines(config: Any, test: CodingTest, predictions: MultilabelPredictions) -> list[str]:
+    """What the thresholds in a coder's configuration do to the test notes, as ``pipeline("icd-coding")`` decides.
+
+    Args:
+        config: Of the coder.
+        test: What is scored on.
+        predictions: Of the coder, on the test notes.
+    """
+    review, auto = stored_thresholds(config, test.codes)
+    rows = []
+    for name, limits in (("`thresholds`", review), ("`auto_code_thresholds`", auto)):
+        found = multilabel_intervals(
+            predictions, threshold=np.array(limits), documents=test.patients, metrics=["f1_micro", "f1_macro"]
+        )
+        hits, predicted, present = (int(count.sum()) for count in predictions.confusion(limits)[1])
+        shares = [math.nan if not whole else hits / whole for whole in (predicted, present)]
+        mean = predicted / predictions.n_documents
+        rows.append([name, *map(str, found.values()), *map(_number, [*shares, mean])])
+    routed = routing_scores(predictions, review=review, auto_code=auto)
+    shown = ("per_document", "precision", "share_of_codes")
+    decided = [[name, *(_number(routed[name][figure]) for figure in shown)] for name in reversed(DECISIONS)]
+    return [
+        "The coder's own thresholds, one a code where it had enough validation notes, as `pipeline` applies them.", "",
+        *_table(["Codes from", "F1 micro", "F1 macro", "Precision", "Recall", "Codes a note"], rows), "",
+        *_table(["Decision", "Codes a note", "Precision", "Share of true codes"], decided),
+    ]  # fmt: skip
 
 
 def difference_lines(differences: Sequence[CodingDifference]) -> list[str]:
@@ -166,8 +196,8 @@ def _provenances(results: Sequence[CodingResult]) -> list[str]:
     counts = results[0].points
     note = (
         f"{counts['codes_native']:,.0f} codes were given for the test notes; {counts['codes_imputed']:,.0f} are "
-        "imputed, carried over from elsewhere, and may have no evidence in the text. Recall is at the threshold of F1; "
-        "AP leaves out the true codes of the other kind."
+        "imputed, carried over from elsewhere, and may have no evidence in the text. Recall is at the threshold of "
+        "F1; AP leaves out the true codes of the other kind."
     )
     names = [f"{figure}_{kind}" for kind in ("native", "imputed") for figure in ("recall", "average_precision_micro")]
     header = ["Row", "Recall, native", "AP micro, native", "Recall, imputed", "AP micro, imputed"]

@@ -11,7 +11,7 @@ import numpy as np
 from transformers import Pipeline, pipeline
 
 from hf_ehr._encoders import evaluating
-from hf_ehr.code_thresholds import DECISIONS, NEVER, decide
+from hf_ehr.code_thresholds import DECISIONS, decide, stored_thresholds
 from hf_ehr.evidence import RELATIVE_THRESHOLD, Span, top_spans
 from hf_ehr.explanations import (
     SEGMENTS_AT_A_TIME,
@@ -23,7 +23,6 @@ from hf_ehr.explanations import (
 )
 
 TASK = "icd-coding"
-DEFAULT_THRESHOLD = 0.5
 WEIGHT_BUDGET = 2**24
 """Token weights that are held at once (64 MiB); at least those of one code."""
 _UNSET: Any = object()
@@ -183,13 +182,9 @@ class ICDCodingPipeline(_Base):
         config = self.model.config
         codes = [config.id2label[label] for label in model_outputs["labels"]]
         names = code_descriptions(self.model, codes, descriptions)
-        own, auto = config.thresholds or {}, config.auto_code_thresholds or {}
-        common = DEFAULT_THRESHOLD if config.common_threshold is None else config.common_threshold
-        decisions = decide(
-            model_outputs["probabilities"],
-            review=[own.get(code, common) if threshold is None else threshold for code in codes],
-            auto_code=[auto.get(code, NEVER) for code in codes],
-        )
+        review, auto = stored_thresholds(config, codes)
+        review = review if threshold is None else [threshold] * len(codes)
+        decisions = decide(model_outputs["probabilities"], review=review, auto_code=auto)
         columns = (codes, names, model_outputs["probabilities"], [DECISIONS[one] for one in decisions])
         rows = zip(*columns, model_outputs["spans"], strict=True)
         return [
@@ -228,11 +223,6 @@ def highlight_note(
     codes = coder(text, **arguments)
     highlight_page(text, codes, path, title=title)
     return codes
-
-
-def _given(parameters: dict[str, Any]) -> dict[str, Any]:
-    """What the caller said; the rest keeps what was said when the pipeline was made, or the default."""
-    return {name: value for name, value in parameters.items() if value is not _UNSET}
 
 
 def _weights(note: EncodedNotes, method: EvidenceMethod, labels: list[int]) -> Iterator[np.ndarray]:
