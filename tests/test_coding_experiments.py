@@ -20,7 +20,7 @@ from hf_ehr.experiments.spec import SPECS
 from hf_ehr.multilabel import multilabel_scores
 from hf_ehr.notes import NoteFolder
 from hf_ehr.schema import EhrDataError
-from hf_ehr.training import CoderArguments, NoteArguments, train_coder
+from hf_ehr.training import CoderArguments, NoteArguments, predict_codes, train_coder
 
 SMALL = """
 kind: coding
@@ -149,6 +149,20 @@ def test_learning_rates_are_chosen_on_validation_with_a_seed_that_is_not_reporte
     assert found[chosen["learning_rate"]] == max(found.values()) > min(found.values())
     assert cell.untuned.draw not in range(spec.draws)
     assert not bench.path(cell.untuned).exists()  # its test notes were never scored
+
+
+def test_learning_rates_are_compared_by_the_figure_that_compares_epochs(spec, work):
+    cell = next(cell for cell in cells(spec) if cell.row.name == "CAML")
+    cell = replace(cell, row=replace(cell.row, learning_rates=(1e-3, 3e-2)))
+    settings = spec.finetuning | {"metric_for_best_model": "eval_map", "num_train_epochs": 1}
+    bench = CodingBench(replace(spec, finetuning=settings), work)
+    bench.tune(cell)
+    chosen = json.loads(bench.rate_path(cell).read_text())
+    found = {float(rate): score for rate, score in chosen["validation_map"].items()}
+    assert found[chosen["learning_rate"]] == max(found.values())
+    model, tokenizer, _ = bench._fitted(cell.untuned, 1e-3)
+    examples = bench._examples(cell, "validation", tokenizer)
+    assert found[1e-3] == pytest.approx(multilabel_scores(predict_codes(model, examples, tokenizer))["map"], abs=1e-3)
 
 
 def test_a_report_is_written_whole_and_says_what_did_not_run(spec, work, tmp_path, monkeypatch):

@@ -30,11 +30,12 @@ from hf_ehr.experiments.runner import Job
 from hf_ehr.experiments.spec import digest, expanded
 from hf_ehr.models.configuration_ehrtext import EhrTextConfig
 from hf_ehr.models.modeling_ehrtext import EhrTextForICDCoding
-from hf_ehr.multilabel import micro_scores
+from hf_ehr.multilabel import multilabel_scores
 from hf_ehr.multilabel_predictions import MultilabelPredictions
 from hf_ehr.note_datasets import build_coding_examples
 from hf_ehr.schema import EhrDataError, atomic_path
 from hf_ehr.training import CoderArguments, check_earlier_stage, fit_coder, new_coder, predict_codes
+from hf_ehr.training.icd_coding import SELECTION
 from hf_ehr.word_embeddings import supervised_word_embeddings
 
 SHARE_OF_BEST = 0.9
@@ -128,15 +129,20 @@ class CodingBench:
         )  # fmt: skip
 
     def tune(self, cell: CodingCell) -> None:
-        """Chooses the learning rate of a row by validation micro-AUROC, with a seed that is not reported."""
-        found = {}
+        """Chooses the learning rate by what compares epochs, on validation, with a seed that is not reported."""
+        found, metric = {}, self.selection(cell.row)
         for rate in cell.row.learning_rates:
             model, tokenizer, _ = self._fitted(cell.untuned, rate)
             predictions = predict_codes(model, self._examples(cell, "validation", tokenizer), tokenizer)
-            found[rate] = micro_scores(predictions)["auroc_micro"]
+            found[rate] = multilabel_scores(predictions, thresholds=0.5)[metric]
         best = max(found, key=lambda rate: (found[rate], -rate))
         with atomic_path(self.rate_path(cell)) as temporary:
-            temporary.write_text(json.dumps({"learning_rate": best, "validation_auroc_micro": found}, indent=2))
+            temporary.write_text(json.dumps({"learning_rate": best, f"validation_{metric}": found}, indent=2))
+
+    def selection(self, row: CodingRow) -> str:
+        """The validation figure by which epochs and learning rates of a row are compared."""
+        settings = self.spec.finetuning | row.training
+        return settings.get("metric_for_best_model", SELECTION).removeprefix("eval_")
 
     def _key(self, cell: CodingCell) -> str:
         spec, row = self.spec, replace(cell.row, name="", datasets=None)
@@ -144,6 +150,8 @@ class CodingBench:
         parts: list[Any] = [notes.key, cell.draw, asdict(row)]
         if row.neural:
             parts += [spec.finetuning]
+            if len(row.learning_rates) > 1 and self.selection(row) != SELECTION:
+                parts += [self.selection(row)]  # cells of versions that compared rates by AUROC are others
         if row.model == EHRBERT:
             parts += [checkpoint_settings(notes, spec, row), spec.pretraining.seeds]
         return digest(*parts)

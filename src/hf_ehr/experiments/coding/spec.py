@@ -74,7 +74,8 @@ class CodingRow:
         label_init: Start of the label vectors, of ``ehrbert`` with ``xml``.
         model_options: Further fields of the configuration, or keyword arguments of the baseline.
         training: Fields of ``TrainingArguments`` that differ in this row.
-        learning_rates: Candidates; the best by validation micro-AUROC with a seed that is not reported is used.
+        learning_rates: Candidates; the best by ``metric_for_best_model`` (micro-AUROC unless set) on validation, with
+            a seed that is not reported, is used.
     """
 
     name: str
