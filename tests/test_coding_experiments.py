@@ -7,10 +7,11 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from transformers import TrainingArguments
 
-from hf_ehr.coder_evaluation import CoderEvaluateArguments, evaluate_coder
+from hf_ehr.coder_evaluation import CoderEvaluateArguments, evaluate_coder, sampled
 from hf_ehr.experiments import CodingSpec, ReportArguments, load_spec, report
 from hf_ehr.experiments.coding import CodingBench, cells, run
 from hf_ehr.experiments.coding.materials import CodedNotes, checkpoint_folder, write_categories
@@ -219,6 +220,15 @@ def test_a_coder_is_evaluated_beside_its_rivals_and_gets_a_card(spec, work, tmp_
     assert "### As stored in the configuration" in table.read_text()
     with pytest.raises(EhrDataError, match="finetune ehrbert"):
         evaluate_coder(CoderEvaluateArguments(str(encoder), str(tmp_path / "nothing")))
+
+
+def test_explained_notes_are_drawn_from_the_whole_folder_and_the_same_for_a_seed():
+    ids = pa.array([f"n{number:03}" for number in range(200)])
+    few, more, other = (sampled(ids, most, seed).to_pylist() for most, seed in ((20, 0), (50, 0), (20, 1)))
+    assert few == more[:20] == sampled(ids, 20, 0).to_pylist()
+    assert set(few) != set(other)
+    assert max(few) > "n100"
+    assert sorted(sampled(ids, 500, 0).to_pylist()) == ids.to_pylist()
 
 
 def test_categories_hold_each_code_once_a_note(spec, work, tmp_path):

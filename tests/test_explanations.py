@@ -237,10 +237,14 @@ VALIDATION_SPANS = marked((0, "J45", "asthma", "term"), (3, "J45", "asthma", "te
 FIGURES = {"precision", "recall", "f1", "iou", "spans_found", "comprehensiveness", "sufficiency"}
 
 
-def report(model=None, spans=TEST_SPANS, **options):
+def patients_of(notes, subjects):
+    return notes.set_column(notes.column_names.index("subject_id"), "subject_id", pa.array(subjects, pa.int64()))
+
+
+def report(model=None, spans=TEST_SPANS, patients=None, **options):
     tokenizer = words_of(*NOTES)
     model = model or pointing_coder(tokenizer, {"S72": ["hip", "fracture"], "J45": ["asthma"]})
-    notes = note_table(*NOTES)
+    notes = patients_of(note_table(*NOTES), [5, 6, 7, 8] if patients is None else patients)
     parts = {"validation_notes": notes.take([0, 3]), "validation_spans": VALIDATION_SPANS, "n_resamples": 200}
     return evidence_report(model, tokenizer, notes.take([1, 2]), spans, **(parts | options))
 
@@ -274,11 +278,13 @@ def test_the_figures_of_the_report_are_means_over_pairs_by_hand(made):
     assert made.rows["first words"]["f1"].value == pytest.approx(np.mean(first[1:]))
 
 
-def test_intervals_resample_notes_and_not_pairs(made):
+def test_intervals_resample_patients_and_not_pairs_or_notes(made):
     """One note has F1 1, the other 1 and 2/3: a resample of notes is one of three, the ends are the extreme ones."""
     interval = made.rows["label_attention"]["f1"]
     assert interval.low == pytest.approx(5 / 6)
     assert interval.high == 1
+    one_patient = report(patients=[5, 6, 6, 8]).rows["label_attention"]["f1"]
+    assert one_patient.low == one_patient.high == pytest.approx((1 + 1 + 2 / 3) / 3)
 
 
 def test_evidence_that_the_model_rests_on_is_more_faithful_than_random_weights(made):

@@ -113,6 +113,7 @@ class EvidenceArguments:
     output: str = field(metadata={"help": "Folder for the table."})
     data: str | None = field(default=None, metadata={"help": "Folder of notes; the one of training when left out."})
     notes: int = field(default=100, metadata={"help": "Most notes of validation and of test that are explained."})
+    seed: int = field(default=0, metadata={"help": "Which notes, where there are more."})
 
 
 def evaluate_evidence(arguments: EvidenceArguments) -> Path:
@@ -133,7 +134,7 @@ def evaluate_evidence(arguments: EvidenceArguments) -> Path:
     marked = pc.unique(spans.filter(pc.is_in(spans["code"], pa.array(list(model.config.label2id))))["note_id"])
     parts = {}
     for name in ("validation", "test"):
-        ids = data.splits[name].filter(pc.is_in(data.splits[name], marked))[: arguments.notes]
+        ids = sampled(data.splits[name].filter(pc.is_in(data.splits[name], marked)), arguments.notes, arguments.seed)
         parts[name] = pa.concat_tables(data.folder.notes(ids)), spans.filter(pc.is_in(spans["note_id"], ids))
     report = evidence_report(
         model, AutoTokenizer.from_pretrained(arguments.model), *parts["test"], validation_notes=parts["validation"][0],
@@ -143,6 +144,11 @@ def evaluate_evidence(arguments: EvidenceArguments) -> Path:
     with atomic_path(path) as temporary:
         temporary.write_text(f"# Evidence of {Path(arguments.model).name}\n\n{report.markdown()}\n", encoding="utf-8")
     return path
+
+
+def sampled(note_ids: pa.Array, most: int, seed: int) -> pa.Array:
+    """Some of the notes, drawn at random: those at the front of a folder may be of one time or one ward."""
+    return note_ids.take(pa.array(np.random.default_rng(seed).permutation(len(note_ids))[:most]))
 
 
 def coded_rows(model: str | Path, data: NoteArguments, options: CoderArguments) -> tuple[CodingTest, list[CodedRow]]:

@@ -48,7 +48,7 @@ class EvidenceReport:
     """How good the evidence of a model is, beside what needs no model.
 
     Attributes:
-        rows: Method or baseline → figure → mean over (note, code) pairs, with its interval over notes. Figures are
+        rows: Method or baseline → figure → mean over (note, code) pairs, with its interval over patients. Figures are
             those of :class:`hf_ehr.evidence.Plausibility` and :class:`hf_ehr.evidence.Faithfulness`; NaN where a row
             has none.
         thresholds: Relative threshold of each method, tuned on validation.
@@ -70,8 +70,8 @@ class EvidenceReport:
             lines.append(f"| {name.replace('_', ' ')} | " + " | ".join(str(figures[key]) for key in COLUMNS) + " |")
         tuned = ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in self.thresholds.items())
         notes = [
-            f"Means over {self.pairs} (note, code) pairs of {self.notes} notes, intervals over notes; {self.unknown} "
-            "pairs of codes that the model does not have are left out.",
+            f"Means over {self.pairs} (note, code) pairs of {self.notes} notes, intervals over patients; "
+            f"{self.unknown} pairs of codes that the model does not have are left out.",
             f"Relative thresholds, tuned on validation: {tuned}.",
             "Attention alone is no evidence: read every row beside the baselines, and faithfulness beside random.",
         ]
@@ -82,6 +82,7 @@ class _Case(NamedTuple):
     """One of a note's codes that has evidence."""
 
     note_id: str
+    subject_id: int
     text: str
     code: str
     label_id: int
@@ -150,21 +151,22 @@ def evidence_report(
             for name, values in {**weights, "random": rng.random(len(offsets))}.items():
                 figures[name] |= _faithful(encode, case, values, offsets)
             scored.append(figures)
-    groups = [case.note_id for case in cases]
-    return EvidenceReport(_means(scored, groups, n_resamples, seed), thresholds, len(set(groups)), len(cases), unknown)
+    rows = _means(scored, [case.subject_id for case in cases], n_resamples, seed)
+    return EvidenceReport(rows, thresholds, len({case.note_id for case in cases}), len(cases), unknown)
 
 
 def _cases(notes: pa.Table, spans: pa.Table, label2id: Mapping[str, int]) -> tuple[list[_Case], int]:
     """The (note, code) pairs with evidence that the model can find, by note, and how many others there are."""
     from hf_ehr.notes import EVIDENCE_KINDS
 
-    texts = dict(zip(notes["note_id"].to_pylist(), notes["text"].to_pylist(), strict=True))
+    columns = (notes[name].to_pylist() for name in ("note_id", "subject_id", "text"))
+    found_in = {note: (subject, text) for note, subject, text in zip(*columns, strict=True)}
     true: dict[tuple[str, str], list[Span]] = {}
     for row in spans.select(["note_id", "code", "start", "end", "kind"]).to_pylist():
-        if row["note_id"] in texts and row["kind"] in EVIDENCE_KINDS:
+        if row["note_id"] in found_in and row["kind"] in EVIDENCE_KINDS:
             true.setdefault((row["note_id"], row["code"]), []).append(Span(row["start"], row["end"]))
     cases = [
-        _Case(note, texts[note], code, label2id[code], found)
+        _Case(note, *found_in[note], code, label2id[code], found)
         for (note, code), found in sorted(true.items())
         if code in label2id
     ]
@@ -229,13 +231,13 @@ def _faithful(
 
 
 def _means(
-    scored: Sequence[dict[str, dict[str, float]]], notes: Sequence[str], n_resamples: int, seed: int
+    scored: Sequence[dict[str, dict[str, float]]], patients: Sequence[int], n_resamples: int, seed: int
 ) -> dict[str, dict[str, Interval]]:
-    """Row → figure → mean over the cases that have one, with its interval over notes."""
+    """Row → figure → mean over the cases that have one, with its interval over patients."""
 
     def interval(row: str, figure: str) -> Interval:
         values = np.array([case[row].get(figure, np.nan) for case in scored])
-        return patient_bootstrap(_mean, values, values, notes, n_resamples=n_resamples, seed=seed)
+        return patient_bootstrap(_mean, values, values, patients, n_resamples=n_resamples, seed=seed)
 
     return {row: {figure: interval(row, figure) for figure in COLUMNS} for row in scored[0]}
 
