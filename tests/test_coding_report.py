@@ -212,6 +212,12 @@ def test_a_run_whose_scores_say_nothing_is_counted_as_collapsed():
     assert is_collapsed(held(by_note), 0.5)
     assert is_collapsed(held(SCORES), 0.05)  # recall 1: everything is assigned
     assert not is_collapsed(held(SCORES), 0.5)
+    same = [held(np.tile(rng.random(4), (3, 1))) for _ in range(2)]
+    counts = {
+        trained: score_row(small_test(), CodedRow("same", same, same, trained=trained), n_resamples=5).collapsed
+        for trained in (True, False)
+    }
+    assert counts == {True: 2, False: 0}  # the frequency of codes is the same for every note by design
 
 
 def test_scores_of_another_test_set_are_refused():

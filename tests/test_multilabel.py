@@ -185,6 +185,12 @@ def test_no_code_at_all_is_nan_and_no_document_is_refused():
         tune_thresholds(held(scores, 0 * targets))
 
 
+def test_before_the_first_batch_there_are_no_cells():
+    empty = MultilabelPredictions(3)
+    assert [len(part) for part in empty.cells] == [0, 0, 0, 0]
+    assert empty.targets().shape == empty.dense().shape == (0, 3)
+
+
 def test_one_label_is_enough():
     scores, targets = np.array([[0.9], [0.2], [0.4]]), np.array([[1], [0], [1]])
     found = multilabel_scores(held(scores, targets), thresholds=0.3)

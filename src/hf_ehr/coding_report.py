@@ -51,9 +51,9 @@ COLLAPSED = 1e-4
 """Scores that differ by less over notes, or over codes, say nothing."""
 DEFINITIONS = (
     "Brackets: 95 % bootstrap intervals over test patients with all their notes, crossed with seeds where there are "
-    "several. F1 is taken at one threshold a row and seed, tuned on validation for micro-F1; macro figures are means "
-    "over the codes that have positives and negatives in the test notes. A resample has fewer such codes, and repeats "
-    "their notes: where most codes are on one or two test notes, macro intervals may lie beside the figure, and only "
+    "several. F1 is taken at one threshold a row and seed, tuned on validation for micro-F1; macro AUROC and AP are "
+    "means over the codes that have positives and negatives in the test notes, macro F1 over those that have positives."
+    " A resample has fewer such codes, and repeats their notes: where most codes are on one or two test notes, macro intervals may lie beside the figure, and only "
     "the paired Δ is to be trusted. Δ is paired by patient and seed; it counts as a difference when its interval "
     "excludes 0, it is at least 0.01, and its p-value stays below 5 % after Holm's correction over all comparisons of "
     "the table."
@@ -114,6 +114,7 @@ class CodedRow:
         test: Of the test notes, one a seed.
         seconds: Of fitting and scoring, mean over the seeds.
         epochs: Epochs to 90 % of the best validation figure, one a seed; empty where nothing is trained in epochs.
+        trained: Whether a run of it can collapse: what is the same for every note by design has not.
     """
 
     name: str
@@ -121,6 +122,7 @@ class CodedRow:
     test: Sequence[MultilabelPredictions]
     seconds: float = math.nan
     epochs: Sequence[int] = ()
+    trained: bool = True
 
     def thresholds(self) -> list[float]:
         """The threshold of each seed, with the best micro-F1 on validation."""
@@ -142,7 +144,8 @@ class CodingResult:
         auroc: Of each label, mean over the seeds, ``(labels,)``.
         average_precision: Likewise.
         positives: Test notes of each label.
-        collapsed: Seeds whose scores do not depend on the note or on the code, or that assign nearly everything.
+        collapsed: Seeds of a trained row whose scores do not depend on the note or on the code, or that assign nearly
+            everything.
         epochs: As in :class:`CodedRow`.
         seconds: As in :class:`CodedRow`.
     """
@@ -208,7 +211,7 @@ def score_row(test: CodingTest, row: CodedRow, *, n_resamples: int = 1000, seed:
         points=_average(points),
         routing={decision: _average([one[decision] for one in routed]) for decision in DECISIONS},
         auroc=areas.mean(axis=0), average_precision=precisions.mean(axis=0), positives=labels[0].positives,
-        collapsed=sum(is_collapsed(one, limit) for one, limit in zip(row.test, limits, strict=True)),
+        collapsed=sum(row.trained and is_collapsed(*draw) for draw in zip(row.test, limits, strict=True)),
         epochs=row.epochs, seconds=row.seconds,
     )  # fmt: skip
 

@@ -105,7 +105,8 @@ class MultilabelPredictions:
     @property
     def cells(self) -> Cells:
         """The cells of the true codes, by document and, within it, by label."""
-        return Cells(*(np.concatenate([np.empty(0, np.int64), *parts]) for parts in zip(*self._cells, strict=True)))
+        columns = ([cells[place] for cells in self._cells] for place in range(len(Cells._fields)))
+        return Cells(*(np.concatenate([np.empty(0, np.int64), *parts]) for parts in columns))
 
     def targets(self) -> sparse.csr_array:
         """The true codes, 0/1, ``(documents, labels)``."""
