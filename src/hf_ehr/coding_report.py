@@ -52,11 +52,11 @@ COLLAPSED = 1e-4
 DEFINITIONS = (
     "Brackets: 95 % bootstrap intervals over test patients with all their notes, crossed with seeds where there are "
     "several. F1 is taken at one threshold a row and seed, tuned on validation for micro-F1; macro AUROC and AP are "
-    "means over the codes that have positives and negatives in the test notes, macro F1 over those that have positives."
-    " A resample has fewer such codes, and repeats their notes: where most codes are on one or two test notes, macro intervals may lie beside the figure, and only "
-    "the paired Δ is to be trusted. Δ is paired by patient and seed; it counts as a difference when its interval "
-    "excludes 0, it is at least 0.01, and its p-value stays below 5 % after Holm's correction over all comparisons of "
-    "the table."
+    "means over the codes that have positives and negatives in the test notes, macro F1 over those that have "
+    "positives. A resample has fewer such codes, and repeats their notes: where most codes are on one or two test "
+    "notes, macro intervals may lie beside the figure, and only the paired Δ is to be trusted. Δ is paired by "
+    "patient and seed; it counts as a difference when its interval excludes 0, it is at least 0.01, and its p-value "
+    "stays below 5 % after Holm's correction over all comparisons of the table."
 )
 
 
