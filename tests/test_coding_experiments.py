@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -166,6 +167,19 @@ def test_learning_rates_are_compared_by_the_figure_that_compares_epochs(spec, wo
     assert found[1e-3] == pytest.approx(multilabel_scores(predict_codes(model, examples, tokenizer))["map"], abs=1e-3)
 
 
+def test_no_model_is_shown_a_test_code(spec, work, monkeypatch):
+    cell = next(cell for cell in cells(spec) if cell.row.name == "XML, bf16")
+    bench, shown = CodingBench(spec, work), []
+
+    def watched(model, examples, tokenizer):
+        shown.append("labels" in examples.column_names)
+        return predict_codes(model, examples, tokenizer)
+
+    monkeypatch.setattr(sys.modules[CodingBench.__module__], "predict_codes", watched)
+    bench._neural(cell)
+    assert shown == [False, False]
+
+
 def test_a_report_is_written_whole_and_says_what_did_not_run(spec, work, tmp_path, monkeypatch):
     monkeypatch.delenv("NO_SUCH_ENCODER", raising=False)
     paths = report(spec, ReportArguments(output=str(tmp_path), work=str(work), workers=1))
@@ -213,6 +227,7 @@ def test_a_coder_is_evaluated_beside_its_rivals_and_gets_a_card(spec, work, tmp_
     same = multilabel_scores(scored["TF-IDF"].test[0])["auroc_macro"]  # fitted on the same notes, scored on the same
     assert float(rows[2]["auroc_macro"]) == pytest.approx(same, abs=1e-5)
     assert float(rows[0]["auroc_macro"]) == 0.5  # the same for every note
+    assert rows[0]["collapsed"] == "0"  # by design
     card = (tmp_path / "coder" / "README.md").read_text()
     assert "not a medical device" in card
     assert "| TF-IDF LR |" in card

@@ -22,7 +22,6 @@ from .multilabel_predictions import MultilabelPredictions
 from .note_datasets import build_coding_examples
 from .notes import imputed_cells
 from .schema import EhrDataError, atomic_path
-from .tasks.audit import OneShotTest
 from .training import CODER_FILE, NoteArguments, check_earlier_stage, predict_codes, training_notes
 from .training.icd_coding import CoderArguments
 
@@ -173,8 +172,9 @@ def coded_rows(model: str | Path, data: NoteArguments, options: CoderArguments) 
     truth = {name: _matrix(part["labels"][:], len(codes)) for name, part in examples.items()}
     names = code_descriptions(coder, codes)
     rows = _rivals(data, ids, truth, names)
-    validation, held = (predict_codes(coder, examples[name], tokenizer) for name in ("validation", "test"))
-    rows.append(CodedRow(type(coder).__name__, [validation], [held]))
+    validation = predict_codes(coder, examples["validation"], tokenizer)
+    blind = predict_codes(coder, examples["test"].remove_columns("labels"), tokenizer)
+    rows.append(CodedRow(type(coder).__name__, [validation], [_held(blind.dense(), truth["test"])]))
     subjects = np.asarray(examples["test"]["subject_id"][:])
     notes = [f"{len(examples[name]):,} {name} notes" for name in examples]
     counts = np.asarray(truth["train"].sum(axis=0)).ravel()
@@ -211,9 +211,8 @@ def _rivals(data: NoteArguments, ids: Any, truth: Any, names: list[str | None]) 
         [note_baselines.string_match(texts[name], names) for name in ("validation", "test")],
         note_baselines.tfidf_logistic_regression(*parts),
     )
-    answer = OneShotTest(truth["test"]).read()
     return [
-        CodedRow(rival, [_held(validation, truth["validation"])], [_held(test, answer)])
+        CodedRow(rival, [_held(validation, truth["validation"])], [_held(test, truth["test"])], trained=False)
         for rival, (validation, test) in zip(RIVALS, scores, strict=True)
     ]
 

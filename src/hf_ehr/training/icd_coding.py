@@ -208,17 +208,22 @@ def fit_coder(
 
 
 def predict_codes(model: Any, examples: datasets.Dataset, tokenizer: Any) -> MultilabelPredictions:
-    """Probabilities of all codes for each note, in the order of `examples`, with the notes' codes."""
+    """Probabilities of all codes for each note, in the order of `examples`, with the notes' codes.
+
+    Examples without the column `labels`, as those of test notes should be, count as notes without codes: take
+    :meth:`~hf_ehr.multilabel_predictions.MultilabelPredictions.dense` alone.
+    """
     collate = NoteCodingCollator(tokenizer, model.num_labels, packed=takes_packed(model))
     predictions = MultilabelPredictions(model.num_labels)
     model.eval()
     loader = DataLoader(examples.with_format("numpy"), batch_sampler=list(_token_bins(examples)), collate_fn=collate)
     for batch in tqdm(loader, desc="Coding", unit="batch", disable=len(loader) < 8):
-        labels = batch.pop("labels")
+        labels = batch.pop("labels", None)
         inputs = {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
         with torch.no_grad():
             scores = model(**inputs).logits.float().sigmoid()
-        predictions.add(scores.cpu().numpy(), labels.numpy())
+        found = scores.cpu().numpy()
+        predictions.add(found, np.zeros_like(found) if labels is None else labels.numpy())
     return predictions
 
 

@@ -120,7 +120,7 @@ class CodingBench:
         return 0 if cell.draw == TUNING_DRAW else cell.draw % self.spec.pretraining.seeds
 
     def run(self, cell: CodingCell) -> None:
-        """Fits a cell and writes its scores of validation and test notes; test codes are not read."""
+        """Fits a cell and writes its scores of validation and test notes; no model is shown a test code."""
         started = time.monotonic()
         validation, test, epochs = (self._neural if cell.row.neural else self._classical)(cell)
         save_scores(
@@ -172,7 +172,8 @@ class CodingBench:
         rate = json.loads(self.rate_path(cell).read_text())["learning_rate"] if len(rates) > 1 else rates[0]
         model, tokenizer, epochs = self._fitted(cell, rate)
         validation, test = (
-            predict_codes(model, self._examples(cell, split, tokenizer), tokenizer).dense() for split in SPLITS[1:]
+            predict_codes(model, self._examples(cell, split, tokenizer).remove_columns("labels"), tokenizer).dense()
+            for split in SPLITS[1:]
         )
         return validation, test, epochs
 

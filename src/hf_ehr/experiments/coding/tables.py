@@ -14,7 +14,6 @@ from hf_ehr.coding_tables import difference_lines, sections, write_coding_tables
 from hf_ehr.experiments.coding.cells import CodingBench, CodingCell, predictions_of
 from hf_ehr.experiments.coding.materials import CodedNotes, Scope
 from hf_ehr.experiments.coding.spec import CodingData, CodingSpec
-from hf_ehr.tasks.audit import OneShotTest
 
 SYNTHETIC = (
     "**Synthetic notes**: what is shown is that the software works and finds planted evidence. Nothing clinical "
@@ -56,7 +55,6 @@ def read_rows(bench: CodingBench, data: CodingData) -> tuple[CodingTest, dict[st
     """The test set of a data set, its rows that are whole, and the names of those that are not."""
     notes = bench.notes(data)
     scope, rows, missing = notes.scope, {}, []
-    truth = OneShotTest(scope.truth["test"]).read()
     for row in bench.spec.rows_of(data):
         paths = [bench.path(CodingCell(data, row, draw)) for draw in range(bench.spec.draws_of(row))]
         if not all(path.is_file() for path in paths):
@@ -66,9 +64,10 @@ def read_rows(bench: CodingBench, data: CodingData) -> tuple[CodingTest, dict[st
         rows[row.name] = CodedRow(
             row.name,
             [predictions_of(one["validation"], scope.truth["validation"]) for one in kept],
-            [predictions_of(one["test"], truth) for one in kept],
+            [predictions_of(one["test"], scope.truth["test"]) for one in kept],
             float(np.mean([one["seconds"] for one in kept])),
             [int(one["epochs"]) for one in kept] if row.neural else (),
+            trained=row.neural,
         )
     return _test(notes, scope), rows, missing
 
