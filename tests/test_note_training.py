@@ -18,9 +18,13 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
+    BertForMaskedLM,
     BertForPreTraining,
+    ModernBertConfig,
+    ModernBertModel,
     RobertaConfig,
     RobertaForMaskedLM,
+    RobertaModel,
     Trainer,
     TrainingArguments,
     pipeline,
@@ -42,6 +46,7 @@ from hf_ehr.training import (
     train_coder,
     training_notes,
 )
+from hf_ehr.training.note_pretraining import extend_if_needed
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "code_notes_with_any_encoder.py"
 WORDS = np.array(["pain", "fever", "cough", "stent", "ulcer", "asthma", "sinus", "edema", "gout", "stroke", ". \n"])
@@ -273,6 +278,54 @@ def test_what_was_held_out_before_may_not_be_trained_on_now(data, encoder, tmp_p
     moved = replace(data, split_seed=1)
     with pytest.raises(LeakageError):
         train_coder(moved, CoderArguments(str(folder)), settings(tmp_path))
+
+
+def test_an_encoder_that_saw_held_out_patients_may_not_be_trained_further(data, encoder, tmp_path):
+    moved, options = replace(data, split_seed=1), NotePretrainArguments(encoder=str(encoder[0]))
+    with pytest.raises(LeakageError):
+        pretrain_notes(moved, options, settings(tmp_path))
+
+
+def test_a_second_run_gives_the_figures_of_the_first_and_another_one_is_refused(data, encoder, coder):
+    assert pretrain_notes(data, OPTIONS, settings(encoder[0])) == encoder[1]
+    with pytest.raises(EhrDataError, match="`output_dir` must not hold a run of other data"):
+        pretrain_notes(replace(data, split_seed=1), OPTIONS, settings(encoder[0]))
+    with pytest.raises(EhrDataError, match="`output_dir` must not hold a run of other data"):
+        train_coder(data, CoderArguments(str(encoder[0]), train_notes=20), settings(coder))
+
+
+def test_the_trainer_divides_the_loss_of_other_families_by_the_accumulated_steps(data, encoder, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(encoder[0])
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+
+    def first_norm(name: str, size: int, steps: int) -> float:
+        training = settings(
+            tmp_path / name, per_device_train_batch_size=size, gradient_accumulation_steps=steps, max_steps=1,
+            logging_strategy="steps", logging_steps=1, max_grad_norm=1e9,
+        )  # fmt: skip
+        logged = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Trainer, "log", lambda self, values, *rest: logged.append(values))
+            options = NotePretrainArguments(encoder=str(tmp_path / "bert"), next_sentence=False)
+            pretrain_notes(data, options, training)
+        return float(logged[0]["grad_norm"])
+
+    # Masks differ between the two, so the norms agree roughly; an undivided loss is four times too large.
+    assert first_norm("accumulated", 8, 4) == pytest.approx(first_norm("whole", 32, 1), rel=0.4)
+
+
+def test_only_short_tables_of_positions_are_extended():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    special = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "cls_token_id": 0, "sep_token_id": 2}
+    roberta = RobertaModel(RobertaConfig(vocab_size=50, max_position_embeddings=34, **sizes)).eval()
+    assert extend_if_needed(roberta, 32) is roberta
+    assert roberta.config.max_position_embeddings == 34  # two rows belong to padding
+    for length in (33, 34):
+        extend_if_needed(roberta, length)(torch.full((1, length), 7))
+    rotary = ModernBertModel(ModernBertConfig(vocab_size=50, max_position_embeddings=32, **sizes, **special)).eval()
+    extend_if_needed(rotary, 64)(torch.full((1, 64), 7))
 
 
 def test_a_cls_head_and_an_untrained_encoder_take_the_same_road(data, encoder, tmp_path):

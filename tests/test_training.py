@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,10 @@ from hf_ehr.evaluation import EvaluateArguments, evaluate
 from hf_ehr.metrics import auroc
 from hf_ehr.prepare import prepare
 from hf_ehr.reports import MANDATORY_ROWS
+from hf_ehr.schema import EhrDataError
 from hf_ehr.tasks import LeakageError, SplitManifest
 from hf_ehr.training import DataArguments, FinetuneArguments, PretrainArguments
+from hf_ehr.training._runs import last_checkpoint
 from tests.builders import patient, records, visit
 
 WORLD = {"world": "C", "patients": 900, "conditions": 18, "synonyms": 5, "noise_codes": 10}
@@ -79,8 +82,9 @@ def test_a_classifier_folder_loads_through_the_auto_classes_and_scores_as_in_tra
 
 def test_a_model_folder_holds_no_patients_and_no_pickle(pretrained, classifier):
     for folder in (pretrained, classifier):
-        assert not [path for path in folder.rglob("*") if path.suffix in (".bin", ".arrow", ".parquet", ".pt")
-                    and "checkpoint-" not in str(path)]  # fmt: skip
+        assert not [path for path in folder.rglob("*") if path.suffix in (".bin", ".arrow", ".parquet", ".pt", ".pth")]
+        assert not list(folder.glob("checkpoint-*"))
+        assert not (folder / "run.json").exists()
 
 
 def test_evaluation_carries_every_mandatory_row_and_a_card(classifier, tmp_path):
@@ -202,6 +206,52 @@ def test_pretraining_killed_in_the_middle_resumes_to_the_same_weights(data, tmp_
     )
     for name, value in whole.items():
         torch.testing.assert_close(resumed[name], value, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_a_finished_run_is_not_run_again_and_no_other_run_may_take_its_folder(data, pretrained, tmp_path):
+    options = FinetuneArguments(task="synthetic_outcome", model=str(pretrained), train_patients=60)
+    settings = arguments(tmp_path / "run", num_train_epochs=1)
+    weights = training.finetune(data, options, settings) / "model.safetensors"
+    made = weights.stat().st_mtime_ns
+    assert training.finetune(data, options, settings) / "model.safetensors" == weights
+    assert weights.stat().st_mtime_ns == made
+    others = [
+        (data, replace(options, train_patients=61), settings),
+        (data, options, arguments(tmp_path / "run", num_train_epochs=2)),
+        (replace(data, min_patients=12), options, settings),
+    ]
+    for other in others:
+        with pytest.raises(EhrDataError, match="`output_dir` must not hold a run of other data"):
+            training.finetune(*other)
+    assert weights.stat().st_mtime_ns == made
+
+
+def test_a_model_that_was_trained_anew_in_its_place_is_another_model(data, pretrained, tmp_path):
+    shutil.copytree(pretrained, tmp_path / "pretrained")
+    options = FinetuneArguments(task="synthetic_outcome", model=str(tmp_path / "pretrained"), train_patients=60)
+    settings = arguments(tmp_path / "run", num_train_epochs=1)
+    training.finetune(data, options, settings)
+    model = MedBertForPreTraining.from_pretrained(pretrained)
+    model.head.norm.bias.data += 1
+    model.save_pretrained(tmp_path / "pretrained")
+    with pytest.raises(EhrDataError, match="`output_dir`"):
+        training.finetune(data, options, settings)
+
+
+def test_a_half_written_checkpoint_is_passed_over(tmp_path):
+    for step, state in ((2, "{}"), (10, '{"epoch": 1'), (9, "{}")):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    (tmp_path / "checkpoint-11").mkdir()
+    assert last_checkpoint(arguments(tmp_path)) == str(tmp_path / "checkpoint-9")
+    assert last_checkpoint(arguments(tmp_path / "nothing")) is None
+
+
+def test_checkpoints_of_which_nobody_knows_what_they_are_are_not_resumed(data, pretrained, tmp_path):
+    (tmp_path / "run" / "checkpoint-3").mkdir(parents=True)
+    options = FinetuneArguments(task="synthetic_outcome", model=str(pretrained))
+    with pytest.raises(EhrDataError, match="`output_dir`"):
+        training.finetune(data, options, arguments(tmp_path / "run"))
 
 
 def test_the_decision_to_keep_fine_tuned_weights_is_made_on_validation(data, pretrained, tmp_path):

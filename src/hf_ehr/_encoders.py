@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch import nn
+
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
@@ -25,9 +27,16 @@ def segment_length(model: Any, tokenizer: Any) -> int:
 
 
 def longest_segment(model: Any) -> int:
-    """The longest segment, in tokens, that the encoder's positions allow."""
-    tables = [getattr(module, "position_embeddings", None) for module in model.modules()]
-    paddings = [getattr(table, "padding_idx", None) for table in tables]
+    """The longest segment, in tokens, that the encoder reads."""
+    return table_positions(model) or model.config.max_position_embeddings
+
+
+def table_positions(model: Any) -> int | None:
+    """Tokens that a table of position embeddings has rows for; None where there is none (rotary positions)."""
+    tables = [
+        table for module in model.modules()
+        if isinstance(table := getattr(module, "position_embeddings", None), nn.Embedding)
+    ]  # fmt: skip
     # RoBERTa's family counts positions from behind the padding id.
-    kept = max((padding + 1 for padding in paddings if padding is not None), default=0)
-    return model.config.max_position_embeddings - kept
+    usable = [len(table.weight) - (0 if table.padding_idx is None else table.padding_idx + 1) for table in tables]
+    return min(usable, default=None)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,17 +18,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_ehr.datasets import split_patients
 from hf_ehr.samplers import FlatExamples
-from hf_ehr.schema import DatasetInfo, atomic_path, shard_paths
+from hf_ehr.schema import DatasetInfo, EhrDataError, atomic_path, shard_paths
 from hf_ehr.tasks import SplitManifest
 
 if TYPE_CHECKING:
     import datasets
 
 SPLITS_FILE = "splits.json"
+PRETRAIN_FILE = "pretraining.json"
+RUN_FILE = "run.json"
+RUN_SETTINGS = (
+    "learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "weight_decay", "warmup_steps", "lr_scheduler_type", "optim", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "max_grad_norm", "seed", "bf16", "fp16",
+)  # fmt: skip
+IDENTITY = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "dataset.json")
 PREDICT_TOKENS = 65_536
 """Codes scored at a time outside training."""
 
@@ -101,18 +109,79 @@ def log_frequency(ids: np.ndarray, tokenizer: Any) -> np.ndarray:
 
 
 def last_checkpoint(training: TrainingArguments) -> str | None:
-    """The last checkpoint of an interrupted run in the output folder."""
-    return get_last_checkpoint(training.output_dir) if output_of(training).is_dir() else None
+    """The last whole checkpoint of an interrupted run in the output folder; its state is what is written last."""
+    folders = output_of(training).glob("checkpoint-*")
+    for folder in sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        with suppress(OSError, json.JSONDecodeError):
+            json.loads((folder / "trainer_state.json").read_text())
+            return str(folder)
+    return None
 
 
 def output_of(training: TrainingArguments) -> Path:
     return Path(str(training.output_dir))
 
 
-def leave_no_patients(folder: Path) -> None:
-    """A model folder holds no examples, and not the pickle of arguments with its local paths."""
-    shutil.rmtree(folder / "examples", ignore_errors=True)
-    (folder / "training_args.bin").unlink(missing_ok=True)
+class Run:
+    """One training run in its output folder: it goes on where it stopped, and is never taken for another.
+
+    While it runs, `run.json` tells what it is; in the end that is in the marker. Of folders that an option names
+    (data, models, tokenizers) the content counts and not the place.
+
+    Args:
+        training: The settings; those of `RUN_SETTINGS` make a run what it is.
+        marker: File that says how the run was made; written last.
+        parts: Dataclasses of the other options.
+
+    Attributes:
+        finished: Whether this very run is there already.
+
+    Raises:
+        EhrDataError: The folder holds another run, or checkpoints of which nobody knows what they are.
+    """
+
+    def __init__(self, training: TrainingArguments, marker: str, *parts: Any):
+        self.folder, self.marker, self.rank = output_of(training), output_of(training) / marker, training.process_index
+        settings = {name: str(getattr(training, name)) for name in RUN_SETTINGS}
+        contents = [{name: _content(value) for name, value in asdict(part).items()} for part in parts]
+        self.digest = _digest(json.dumps([marker, settings, contents], sort_keys=True, default=str).encode())
+        known = next((self._read(path) for path in (self.marker, self.folder / RUN_FILE) if path.is_file()), None)
+        if known != self.digest and (known is not None or any(self.folder.glob("checkpoint-*"))):
+            raise EhrDataError(
+                f"`output_dir` must not hold a run of other data, options or settings, and {self.folder} does. Choose "
+                "another folder, or remove it."
+            )
+        self.finished = self.marker.is_file()
+        if not self.finished and self.rank == 0:
+            write_json(self.folder / RUN_FILE, {"run": self.digest})
+
+    def record(self) -> dict[str, Any]:
+        """What the marker of a finished run says."""
+        return json.loads(self.marker.read_text())
+
+    def finish(self, content: dict[str, Any]) -> None:
+        """Writes the marker; a model folder then holds no patients, no checkpoints and no pickles."""
+        for leftover in (self.folder / "examples", *self.folder.glob("checkpoint-*")):
+            shutil.rmtree(leftover, ignore_errors=True)
+        (self.folder / "training_args.bin").unlink(missing_ok=True)
+        write_json(self.marker, {"run": self.digest, **content})
+        (self.folder / RUN_FILE).unlink(missing_ok=True)
+
+    @staticmethod
+    def _read(path: Path) -> str:
+        return json.loads(path.read_text()).get("run", "")
+
+
+def _content(value: Any) -> Any:
+    """An option; of a folder a digest of the files that make a model, a tokenizer or prepared data what they are."""
+    if not isinstance(value, str) or not value or not Path(value).is_dir():
+        return value
+    files = sorted(path for path in Path(value).iterdir() if path.name in IDENTITY or path.suffix == ".safetensors")
+    return [(path.name, _digest(path.read_bytes())) for path in files]
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,17 +22,18 @@ from hf_ehr.tasks import SplitManifest, TaskSpec, label_dataset, read_labels
 from hf_ehr.training._runs import (
     SPLITS_FILE,
     DataArguments,
+    Run,
     batches,
     last_checkpoint,
-    leave_no_patients,
     output_of,
     quiet,
     run_arguments,
-    write_json,
 )
 
 if TYPE_CHECKING:
     import datasets
+
+logger = logging.getLogger(__name__)
 
 FINETUNE_FILE = "finetune.json"
 FINETUNE_SETTINGS = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "weight_decay", "seed")
@@ -63,11 +65,14 @@ def finetune(data: DataArguments, options: FinetuneArguments, training: Training
 
     Raises:
         LeakageError: A patient held out here was seen in pre-training, or the tokenizer saw other patients.
+        EhrDataError: `output_dir` holds another run.
     """
     splits = data.splits()
-    output = output_of(training)
-    tokenizer = EhrCodeTokenizer.from_pretrained(options.model)
     check_earlier_stage(options.model, data.manifest(splits))
+    output, run = output_of(training), Run(training, FINETUNE_FILE, data, options)
+    if run.finished:
+        return output
+    tokenizer = EhrCodeTokenizer.from_pretrained(options.model)
     names = ("train", "validation")
     examples = {name: examples_of(data, options, tokenizer, splits, name, output / "examples") for name in names}
     model = new_classifier(options, training.seed)
@@ -82,8 +87,7 @@ def finetune(data: DataArguments, options: FinetuneArguments, training: Training
         tokenizer.save_pretrained(output)
         data.manifest(splits).save(output / SPLITS_FILE)
         settings = {name: getattr(training, name) for name in FINETUNE_SETTINGS}
-        write_json(output / FINETUNE_FILE, {"data": asdict(data), "options": asdict(options), "training": settings})
-        leave_no_patients(output)
+        run.finish({"data": asdict(data), "options": asdict(options), "training": settings})
     return output
 
 
@@ -155,10 +159,16 @@ def task_name(task: str) -> str:
 def check_earlier_stage(model: str, manifest: SplitManifest) -> None:
     """L1 and L6: who is held out now was held out when `model` was trained. Models of other data are let pass."""
     path = Path(model) / SPLITS_FILE
-    if path.is_file():
-        earlier = SplitManifest.load(path)
-        if earlier.salt_check == manifest.salt_check:
-            manifest.check(earlier)
+    if not path.is_file():
+        return
+    earlier = SplitManifest.load(path)
+    if earlier.salt_check == manifest.salt_check:
+        manifest.check(earlier)
+    elif earlier.source == manifest.source:
+        logger.warning(
+            "%s was trained on another preparation of %s: nobody can tell whether its patients are held out here.",
+            model, manifest.source,
+        )  # fmt: skip
 
 
 def start_from_probe(model, train: datasets.Dataset, validation: datasets.Dataset, tokenizer) -> None:

@@ -34,12 +34,11 @@ from hf_ehr.training._notes import NoteArguments
 from hf_ehr.training._runs import (
     PREDICT_TOKENS,
     SPLITS_FILE,
+    Run,
     last_checkpoint,
-    leave_no_patients,
     output_of,
     quiet,
     run_arguments,
-    write_json,
 )
 from hf_ehr.training.finetuning import check_earlier_stage
 from hf_ehr.training.note_pretraining import extend_if_needed, json_options
@@ -88,12 +87,14 @@ def train_coder(data: NoteArguments, options: CoderArguments, training: Training
     label where it has enough positives, else the one with the best micro-F1.
 
     Raises:
-        EhrDataError: No code is in scope, or the folder holds no prepared notes.
+        EhrDataError: No code is in scope, the folder holds no prepared notes, or `output_dir` holds another run.
         LeakageError: A patient held out here was seen when the encoder was trained.
         ValueError: An option is not known.
     """
-    output = output_of(training)
     check_earlier_stage(options.model, data.manifest())
+    output, run = output_of(training), Run(training, CODER_FILE, data, options)
+    if run.finished:
+        return output
     tokenizer: Any = AutoTokenizer.from_pretrained(options.model)
     tokenizer.model_max_length = data.max_length  # is saved, and whoever opens the coder reads the same windows
     codes = codes_in_scope(data, options.more_than, options.min_patients)
@@ -118,8 +119,7 @@ def train_coder(data: NoteArguments, options: CoderArguments, training: Training
         tokenizer.save_pretrained(output)
         data.manifest().save(output / SPLITS_FILE)
         made = {"labels": len(codes), "label_init": None if report is None else asdict(report)}
-        write_json(output / CODER_FILE, {"data": asdict(data), "options": asdict(options), **made})
-        leave_no_patients(output)
+        run.finish({"data": asdict(data), "options": asdict(options), **made})
     return output
 
 

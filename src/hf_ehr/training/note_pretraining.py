@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, AutoTokenizer, Trainer, TrainingArguments
 
+from hf_ehr._encoders import table_positions
 from hf_ehr.models.configuration_ehrbert import EhrBertConfig
 from hf_ehr.models.modeling_ehrbert import EhrBertForMaskedLM, EhrBertForPreTraining, EhrBertPreTrainedModel
 from hf_ehr.models.modeling_ehrbert_embeddings import extend_position_embeddings
@@ -22,14 +23,15 @@ from hf_ehr.schema import shard_paths
 from hf_ehr.tasks.audit import check_fitted_on
 from hf_ehr.training._notes import NoteArguments, flat_column
 from hf_ehr.training._runs import (
+    PRETRAIN_FILE,
     SPLITS_FILE,
+    Run,
     last_checkpoint,
-    leave_no_patients,
     log_frequency,
     output_of,
     run_arguments,
-    write_json,
 )
+from hf_ehr.training.finetuning import check_earlier_stage
 
 if TYPE_CHECKING:
     import datasets
@@ -76,8 +78,9 @@ def pretrain_notes(data: NoteArguments, options: NotePretrainArguments, training
 
     Raises:
         ValueError: An option is not known, or the encoder cannot do what is asked of it.
-        LeakageError: The tokenizer was not fitted on the training patients of this split.
-        EhrDataError: The folder holds no prepared notes.
+        LeakageError: The tokenizer was not fitted on the training patients of this split, or the encoder that is
+            trained further saw a patient who is held out here.
+        EhrDataError: The folder holds no prepared notes, or `output_dir` holds another run.
     """
     for name, value, known in (
         ("preset", options.preset, PRESETS),
@@ -85,6 +88,11 @@ def pretrain_notes(data: NoteArguments, options: NotePretrainArguments, training
     ):
         if value not in known:
             raise ValueError(f"`{name}` must be one of {', '.join(known)}, got {value!r}.")
+    run = Run(training, PRETRAIN_FILE, data, options)
+    if run.finished:
+        return run.record()["held_out"]
+    if options.encoder is not None:
+        check_earlier_stage(options.encoder, data.manifest())
     tokenizer = _tokenizer(data, options)
     torch.manual_seed(training.seed)
     model = _model(data, options, tokenizer)
@@ -118,8 +126,7 @@ def pretrain_notes(data: NoteArguments, options: NotePretrainArguments, training
     if trainer.is_world_process_zero():
         trainer.save_model(training.output_dir)
         data.manifest().save(output / SPLITS_FILE)
-        write_json(output / "pretraining.json", {"held_out": figures, **asdict(options)})
-        leave_no_patients(output)
+        run.finish({"held_out": figures, **asdict(options)})
     return figures
 
 
@@ -190,13 +197,15 @@ def _model(data: NoteArguments, options: NotePretrainArguments, tokenizer: Any) 
         raise ValueError(
             f"`next_sentence` must be False for {type(model).__name__}, which has no such head. Set it to False."
         )
+    # Its loss is a mean whatever the number of masked tokens, so the Trainer has to divide by the accumulated steps.
+    model.accepts_loss_kwargs = isinstance(model, EhrBertPreTrainedModel)
     return extend_if_needed(model, data.max_length)
 
 
 def extend_if_needed(model: Any, length: int) -> Any:
-    """Gives a model with fewer absolute positions as many as windows have tokens (BERT-XML, §3.1)."""
-    positions = getattr(model.config, "max_position_embeddings", length)
-    return extend_position_embeddings(model, length) if positions < length else model
+    """Gives a model with a shorter table of positions one for windows of `length` tokens (BERT-XML, §3.1)."""
+    positions = table_positions(model)
+    return model if positions is None or positions >= length else extend_position_embeddings(model, length)
 
 
 def json_options(text: str, name: str) -> dict[str, Any]:

@@ -19,15 +19,15 @@ from hf_ehr.models.tokenization_ehr import EhrCodeTokenizer
 from hf_ehr.samplers import FlatExamples, PackedDataset
 from hf_ehr.tasks.audit import check_fitted_on
 from hf_ehr.training._runs import (
+    PRETRAIN_FILE,
     SPLITS_FILE,
     DataArguments,
+    Run,
     batches,
     last_checkpoint,
-    leave_no_patients,
     log_frequency,
     output_of,
     run_arguments,
-    write_json,
 )
 from hf_ehr.vocabulary import fit_tokenizer
 
@@ -64,8 +64,11 @@ def pretrain(data: DataArguments, options: PretrainArguments, training: Training
 
     Raises:
         LeakageError: The tokenizer was not fitted on the training patients of this split.
-        EhrDataError: The folder is not prepared, or holds no usable patient.
+        EhrDataError: The folder is not prepared, or holds no usable patient; or `output_dir` holds another run.
     """
+    run = Run(training, PRETRAIN_FILE, data, options)
+    if run.finished:
+        return run.record()["held_out"]
     splits = data.splits()
     tokenizer = _tokenizer(data, options, splits["train"])
     examples = {
@@ -92,8 +95,7 @@ def pretrain(data: DataArguments, options: PretrainArguments, training: Training
     if trainer.is_world_process_zero():
         trainer.save_model(training.output_dir)
         data.manifest(splits).save(output_of(training) / SPLITS_FILE)
-        write_json(output_of(training) / "pretraining.json", {"held_out": figures, **asdict(options)})
-        leave_no_patients(output_of(training))
+        run.finish({"held_out": figures, **asdict(options)})
     return figures
 
 
