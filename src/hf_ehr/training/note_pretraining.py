@@ -88,17 +88,17 @@ def pretrain_notes(data: NoteArguments, options: NotePretrainArguments, training
     ):
         if value not in known:
             raise ValueError(f"`{name}` must be one of {', '.join(known)}, got {value!r}.")
+    if options.encoder is not None:
+        check_earlier_stage(options.encoder, data.manifest())
+    parts: Any = {"train": [data.splits[name] for name in TRAIN if name in data.splits]}
+    parts["validation"] = [data.splits["validation"]]
     run = Run(training, PRETRAIN_FILE, data, options)
     if run.finished:
         return run.record()["held_out"]
-    if options.encoder is not None:
-        check_earlier_stage(options.encoder, data.manifest())
     tokenizer = _tokenizer(data, options)
     torch.manual_seed(training.seed)
     model = _model(data, options, tokenizer)
     output = output_of(training)
-    parts: Any = {"train": [data.splits[name] for name in TRAIN if name in data.splits]}
-    parts["validation"] = [data.splits["validation"]]
     examples = {
         name: build_pretraining_examples(
             data.folder, tokenizer, note_ids=[one for ids in part for one in ids.to_pylist()],

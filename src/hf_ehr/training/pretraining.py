@@ -66,10 +66,10 @@ def pretrain(data: DataArguments, options: PretrainArguments, training: Training
         LeakageError: The tokenizer was not fitted on the training patients of this split.
         EhrDataError: The folder is not prepared, or holds no usable patient; or `output_dir` holds another run.
     """
+    splits = data.splits()
     run = Run(training, PRETRAIN_FILE, data, options)
     if run.finished:
         return run.record()["held_out"]
-    splits = data.splits()
     tokenizer = _tokenizer(data, options, splits["train"])
     examples = {
         name: build_examples(
