@@ -73,6 +73,15 @@ def test_the_page_holds_the_note_and_its_codes(road):
         (["fit-text-tokenizer", "--data", "nowhere", "--output", "x"], "must hold `dataset.json`"),
         (["fit-text-tokenizer", "--data", "nowhere", "--output", "x", "--vocabulary", "bpe"], "`vocabulary` must be"),
         (["pretrain", "ehrbert", "--data", "nowhere", "--output_dir", "x", "--report_to", "none"], "`dataset.json`"),
+        (["finetune", "ehrbert", "--data", "x", "--model", "x", "--output_dir", "x", "--head", "y"], "`head` must be"),
+        (
+            ["finetune", "ehrbert", "--data", "x", "--model", "x", "--output_dir", "x", "--train_notes", "-5"],
+            "`train_notes` must be at least 1",
+        ),
+        (
+            ["finetune", "ehrbert", "--data", "x", "--model", "x", "--output_dir", "x", "--label_init", "y"],
+            "`label_init` must be one of",
+        ),
         (["evaluate-evidence", "--model", "nowhere", "--output", "x"], "coder.json is missing"),
         (["evaluate-coder", "--model", "nowhere", "--output", "x"], "coder.json is missing"),
         (["highlight", "--model", "nowhere", "--note", "nothing.txt", "--output", "x"], "`note` must be a text file"),

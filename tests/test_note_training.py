@@ -32,7 +32,7 @@ from transformers import (
 
 from hf_ehr.code_thresholds import tune_auto_code, tune_thresholds
 from hf_ehr.note_datasets import build_coding_examples
-from hf_ehr.notes import fit_word_tokenizer, prepare_notes
+from hf_ehr.notes import fit_word_tokenizer, frequent_codes, prepare_notes
 from hf_ehr.schema import EhrDataError
 from hf_ehr.tasks.audit import LeakageError, SplitManifest
 from hf_ehr.training import (
@@ -361,6 +361,18 @@ def test_validation_notes_without_codes_in_scope_stop_the_run_before_it_trains(e
     data = NoteArguments(str(tmp_path / "again"), max_length=32)
     with pytest.raises(EhrDataError, match="`validation` notes must hold a code in scope"):
         train_coder(data, CoderArguments(str(encoder[0])), settings(tmp_path / "model"))
+
+
+def test_a_field_that_no_configuration_has_is_refused(data, encoder, tmp_path):
+    options = CoderArguments(str(encoder[0]), model_options='{"hidden_dropuot": 0.1}')
+    with pytest.raises(ValueError, match="hidden_dropuot"):
+        train_coder(data, options, settings(tmp_path))
+
+
+def test_notes_without_any_code_are_named(data):
+    none = data.folder.labels().slice(0, 0)
+    with pytest.raises(EhrDataError, match="LABELS must hold codes of the training notes"):
+        frequent_codes(none, note_ids=data.splits["train"], more_than=0)
 
 
 def test_unknown_options_are_named(data, tmp_path):

@@ -130,6 +130,10 @@ def evaluate_evidence(arguments: EvidenceArguments) -> Path:
     data, _ = _made(arguments.model, arguments.data)
     model: Any = AutoModelForSequenceClassification.from_pretrained(arguments.model)
     spans = data.folder.spans()
+    if not spans.num_rows:
+        raise EhrDataError(
+            "SPANS must mark evidence in the notes, and this folder has none. Prepare notes with spans."
+        )
     marked = pc.unique(spans.filter(pc.is_in(spans["code"], pa.array(list(model.config.label2id))))["note_id"])
     parts = {}
     for name in ("validation", "test"):

@@ -108,9 +108,10 @@ def pretrain_ehrbert(words: list[str]) -> None:
     figures = pretrain_notes(data, options, arguments)
     if arguments.process_index == 0:
         gain = figures["unigram_loss"] - figures["token_loss"]
+        verdict = f"{abs(gain):.3f} {'better' if gain >= 0 else 'worse'}"
         pairs = f" Pairs of halves told apart: {figures['pair_accuracy']:.1%}." if "pair_accuracy" in figures else ""
         print(
-            f"Hidden tokens of validation notes: {figures['token_loss']:.3f} nats, {gain:+.3f} better than guessing "
+            f"Hidden tokens of validation notes: {figures['token_loss']:.3f} nats, {verdict} than guessing "
             f"by frequency ({figures['unigram_loss']:.3f}).{pairs}\n"
             f"Next: hf-ehr finetune ehrbert --data {data.data} --model {arguments.output_dir} --output_dir coder/"
         )
@@ -148,8 +149,12 @@ def highlight(words: list[str]) -> None:
     if not note.is_file():
         raise EhrDataError(f"`note` must be a text file, and {note} is none. Save the note as UTF-8 text.")
     coder = pipeline(TASK, model=arguments.model)  # type: ignore[call-overload]
+    try:
+        text = note.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise EhrDataError(f"`note` must be UTF-8 text, and {note} is not. Save the note as UTF-8.") from None
     options = {name: value for name in ("evidence", "max_length") if (value := getattr(arguments, name)) is not None}
-    codes = highlight_note(coder, note.read_text(encoding="utf-8"), arguments.output, **options)
+    codes = highlight_note(coder, text, arguments.output, **options)
     for code in codes[:10]:
         print(f"{code['probability']:6.1%}  {code['decision']:9}  {code['code']}  {code['description'] or ''}")
     print(f"Written: {arguments.output}. It shows a patient's note: keep it as such.")

@@ -51,7 +51,7 @@ class NoteFolder:
             EhrDataError: It is none, or not whole.
         """
         path = Path(path)
-        hint = f"Run `prepare_notes` with another `output` or remove {path}."
+        hint = "Name the output of `hf-ehr prepare-notes`."
         if not (path / "dataset.json").is_file():
             raise EhrDataError(f"{path} must hold `dataset.json` of prepared notes, and does not. {hint}")
         info = DatasetInfo.load(path)

@@ -36,6 +36,8 @@ def frequent_codes(labels: pa.Table, *, note_ids: Any, more_than: int = 1_000) -
     kept = counts.filter(pl.col("len") > more_than).sort(["len", "code"], descending=[True, False])
     if kept.is_empty():
         most = max(counts["len"], default=0)
+        if not most:
+            raise EhrDataError("LABELS must hold codes of the training notes, and hold none. Give the notes' codes.")
         raise EhrDataError(f"`more_than` must be below {most}, the notes of the most frequent code; got {more_than}.")
     return kept["code"].to_list()
 

@@ -111,8 +111,9 @@ def format_notes_summary(folder: NoteFolder) -> str:
     counts = folder.info.summary
     left_out = counts["left_out"]
     status = ", ".join(f"{number:,} {name}" for name, number in counts["codes_by_status"].items()) or "none"
+    language = f" ({counts['language']})" if counts.get("language") else ""
     lines = [
-        f"{folder.info.source}: {counts['notes']:,} notes of {counts['patients']:,} patients",
+        f"{folder.info.source}{language}: {counts['notes']:,} notes of {counts['patients']:,} patients",
         f"labels: {counts['labels']:,} ({counts['imputed_labels']:,} imputed) of {counts['codes']:,} codes; "
         f"{counts['notes_without_codes']:,} notes have none",
         f"codes: {status}",
@@ -165,6 +166,8 @@ class _Preparation:
                 rows.append(self._add(part, stage))
                 self.tables["labels"].append(part.labels)
                 self.tables["spans"].append(part.spans)
+        if not rows:
+            raise EhrDataError("NOTES must hold a note, and hold none. Check the input.")
         self.index = pl.concat(rows)
         if self.index.is_empty():
             raise EhrDataError("`notes` must hold at least one note, got none. Check the input.")

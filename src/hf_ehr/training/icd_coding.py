@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +23,8 @@ from transformers import (
 )
 
 from hf_ehr.code_thresholds import tune_auto_code, tune_thresholds
-from hf_ehr.label_embeddings import LabelInitReport, init_label_embeddings
+from hf_ehr.label_embeddings import LabelInit, LabelInitReport, init_label_embeddings
+from hf_ehr.models.configuration_ehrbert import EhrBertConfig
 from hf_ehr.models.modeling_ehrbert import EhrBertForICDCoding
 from hf_ehr.multilabel import trainer_code_metrics
 from hf_ehr.multilabel_predictions import MultilabelPredictions
@@ -52,6 +54,7 @@ CODER_RECIPE = {
     "per_device_train_batch_size": 32, "per_device_eval_batch_size": 16, "logging_steps": 50,
 }  # fmt: skip
 """BERT-XML, section 3.4: AdamW, 2e-5, linear warm-up over a tenth of the steps and linear decay, batches of 32."""
+HEADS = ("xml", "cls")
 SELECTION = "auroc_micro"
 """What epochs are compared by unless `metric_for_best_model` says otherwise; the paper selects on AUC."""
 
@@ -78,6 +81,17 @@ class CoderArguments:
     auto_code_precision: float | None = field(
         default=None, metadata={"help": "Also store the thresholds that reach this precision on validation notes."}
     )
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("head", self.head, HEADS), ("label_init", self.label_init, get_args(LabelInit))):
+            if value not in known:
+                raise ValueError(f"`{name}` must be one of {', '.join(known)}, got {value!r}.")
+        for name, least in (("more_than", 0), ("min_patients", 1), ("max_segments", 1), ("train_notes", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+        if self.auto_code_precision is not None and not 0 < self.auto_code_precision <= 1:
+            raise ValueError(f"`auto_code_precision` must lie in (0, 1], got {self.auto_code_precision}.")
 
 
 def train_coder(data: NoteArguments, options: CoderArguments, training: TrainingArguments) -> Path:
@@ -161,6 +175,9 @@ def new_coder(
         encoder = AutoModel.from_config(AutoConfig.from_pretrained(options.model))
     encoder = extend_if_needed(encoder, max_length)
     fields = json_options(options.model_options, "model_options")
+    known = {field.name for field in dataclass_fields(EhrBertConfig)}
+    if unknown := sorted(set(fields) - known):
+        raise ValueError(f"`model_options` must be fields of EhrBertConfig, got {unknown}. See its documentation.")
     id2label = dict(enumerate(codes))
     model = EhrBertForICDCoding.from_encoder(encoder, id2label, head=options.head, **fields)
     if options.head != "xml":
