@@ -11,7 +11,7 @@ from transformers import BertConfig, BertModel, ModernBertConfig, ModernBertMode
 import hf_ehr.explanations as explanations
 from hf_ehr import EhrBertForICDCoding
 from hf_ehr.evidence import plausibility, top_spans
-from hf_ehr.evidence_report import evidence_report
+from hf_ehr.evidence_report import RANDOM_DRAWS, evidence_report
 from hf_ehr.explanations import (
     EncodedNotes,
     attention_gradient_evidence,
@@ -260,6 +260,13 @@ def test_the_report_has_every_method_beside_the_baselines(made):
     assert all(set(figures) == FIGURES for figures in made.rows.values())
     assert (made.pairs, made.notes, made.unknown) == (3, 2, 1)
     assert list(made.thresholds) == methods
+
+
+def test_random_spans_are_scored_over_many_draws(made):
+    single = made.rows["random"]["f1"].value
+    assert 0 < single < made.rows["label_attention"]["f1"].value
+    draws = 3 * RANDOM_DRAWS  # of three pairs
+    assert (single * draws) % 1 != 0 or single * draws > 3
 
 
 def test_the_figures_of_the_report_are_means_over_pairs_by_hand(made):

@@ -92,7 +92,7 @@ def test_an_official_train_part_is_cut_eighty_to_twenty_by_patient(tmp_path, cap
     assert 1_500 < len(splits["train"]) < 1_700
     assert len(splits["train"]) + len(splits["validation"]) == 1_999
     assert (splits["test"].to_pylist(), splits["unlabelled"].to_pylist()) == (["n2000"], ["n2002"])
-    assert "2 notes are in no split" in caplog.text
+    assert "2 notes are left out" in caplog.text
 
 
 def test_without_uncoded_notes_there_is_no_such_split(small):

@@ -202,6 +202,34 @@ def test_a_second_run_opens_what_is_there_and_reads_nothing(tmp_path):
         prepare_notes("table", tmp_path / "raw", tmp_path / "out", min_characters=10)
 
 
+def test_one_code_in_two_spellings_is_one_code(tmp_path):
+    tables = raw_tables()
+    labels = [("a", "ICD10CM/E119"), ("a", "ICD10CM/E11.9"), ("d", "ICD10CM/E11.9"), ("e", "ATC/A10BA02")]
+    spans = [("a", "ICD10CM/E119", 9, 19, "term")]
+    tables |= {"labels": table(labels, "note_id", "code")}
+    tables |= {"spans": table(spans, "note_id", "code", "start", "end", "kind")}
+    folder = prepare_notes("table", written(tables, tmp_path / "raw"), tmp_path / "out")
+    assert folder.labels()["code"].to_pylist() == ["ICD10CM/E11.9", "ICD10CM/E11.9", "ATC/A10BA02"]
+    assert folder.spans()["code"].to_pylist() == ["ICD10CM/E11.9"]
+
+
+def test_notes_that_will_be_in_no_split_are_counted_when_they_are_prepared(tmp_path):
+    tables = raw_tables()
+    parts = ["train", "train", "test", "train", "unlabelled", "train"]  # patient 1 has a test note
+    tables |= {"notes": tables["notes"].append_column("split", pa.array(parts))}
+    folder = prepare_notes("table", written(tables, tmp_path / "raw"), tmp_path / "out")
+    assert any("3 train notes will be in no split" in warning for warning in folder.info.warnings)
+    (tmp_path / "other").mkdir()
+    assert not any("in no split" in warning for warning in prepared(tmp_path / "other").info.warnings)
+
+
+def test_a_missing_column_is_named_beside_those_that_the_file_has(tmp_path):
+    tables = raw_tables()
+    tables |= {"notes": tables["notes"].rename_columns(["note_id", "subject_id", "time", "category", "TEXT"])}
+    with pytest.raises(EhrDataError, match=r"lacks the column `text`.*'category', 'TEXT'\]"):
+        prepare_notes("table", written(tables, tmp_path / "raw"), tmp_path / "out")
+
+
 def test_other_notes_are_not_taken_for_those_that_were_prepared(tmp_path):
     prepared(tmp_path)
     tables = raw_tables()

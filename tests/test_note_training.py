@@ -257,6 +257,25 @@ def test_the_pipeline_reads_the_windows_that_the_coder_was_trained_on(data, enco
     assert all(np.abs(ours - other).max() > 1e-3 for other in figures[1:])
 
 
+def test_an_epoch_logs_the_figures_that_runs_are_compared_by_and_no_flood(data, encoder, tmp_path, monkeypatch):
+    logged = []
+    monkeypatch.setattr(Trainer, "log", lambda self, values, *rest: logged.append(set(values)))
+    options = CoderArguments(str(encoder[0]), train_notes=20, min_patients=1)
+    train_coder(data, options, settings(tmp_path, metric_for_best_model="precision_at_5"))
+    figures = {"eval_auroc_micro", "eval_auroc_macro", "eval_average_precision_micro", "eval_f1_micro", "eval_map"}
+    (evaluation,) = [names for names in logged if "eval_loss" in names]
+    assert {name for name in evaluation if name not in ("eval_loss",) and "per_second" not in name} >= figures
+    assert "eval_precision_at_5" in evaluation
+    assert "eval_jaccard_samples" not in evaluation
+
+
+def test_the_best_epoch_of_pretraining_can_be_chosen_on_validation_notes(data, tmp_path):
+    training = settings(
+        tmp_path, num_train_epochs=2, eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end=True
+    )
+    assert pretrain_notes(data, OPTIONS, training)["token_loss"] > 0
+
+
 def test_predictions_come_in_the_order_of_the_notes_however_they_are_batched(data, coder, monkeypatch):
     model = AutoModelForSequenceClassification.from_pretrained(coder)
     tokenizer = AutoTokenizer.from_pretrained(coder)

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from transformers import PreTrainedTokenizerBase
 
+RANDOM_DRAWS = 20
+"""Random spans of a pair that are averaged."""
 COLUMNS = {
     "precision": "Precision",
     "recall": "Recall",
@@ -145,8 +147,9 @@ def evidence_report(
                 name: top_spans(values, offsets, relative_threshold=thresholds[name], k=max_spans)
                 for name, values in weights.items()
             }
-            marked |= _baselines(case, next(iter(marked.values())), names[case.code], rng, max_spans)
+            marked |= _baselines(case, next(iter(marked.values())), names[case.code], max_spans)
             figures = {name: plausibility(found, case.truth, case.text)._asdict() for name, found in marked.items()}
+            figures["random"] = _chance(case, marked["random"], rng)
             figures["ceiling"] = plausibility_ceiling(case.truth, offsets, case.text)._asdict()
             for name, values in {**weights, "random": rng.random(len(offsets))}.items():
                 figures[name] |= _faithful(encode, case, values, offsets)
@@ -208,16 +211,20 @@ def _tuned(
     return {name: float(tune_relative_threshold(rows, k=max_spans)) for name, rows in examples.items()}
 
 
-def _baselines(
-    case: _Case, like: Sequence[Span], name: str | None, rng: np.random.Generator, max_spans: int | None
-) -> dict[str, list[Span]]:
+def _baselines(case: _Case, like: Sequence[Span], name: str | None, max_spans: int | None) -> dict[str, list[Span]]:
     """What needs no model."""
     words = sum(len(_words(case.text[start:end])) for start, end, _ in like)
     return {
-        "random": random_spans(case.text, like, rng),
+        "random": list(like),  # only as long as these
         "first words": first_words(case.text, words),
         "string match": string_match(case.text, name or "", k=max_spans),
     }
+
+
+def _chance(case: _Case, like: Sequence[Span], rng: np.random.Generator) -> dict[str, float]:
+    """Plausibility of random spans, the mean of ``RANDOM_DRAWS``: a single draw of short spans mostly hits nothing."""
+    draws = [plausibility(random_spans(case.text, like, rng), case.truth, case.text) for _ in range(RANDOM_DRAWS)]
+    return {name: float(np.mean([getattr(draw, name) for draw in draws])) for name in draws[0]._fields}
 
 
 def _faithful(

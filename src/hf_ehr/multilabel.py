@@ -310,7 +310,7 @@ def multilabel_scores(
 
 
 def trainer_code_metrics(
-    n_labels: int, *, threshold: ArrayLike = 0.5, compact: bool = False
+    n_labels: int, *, threshold: ArrayLike = 0.5, compact: bool = False, figures: Sequence[str] | None = None
 ) -> Callable[..., dict[str, float]]:
     """``compute_metrics`` for a ``Trainer`` with ``batch_eval_metrics=True``, which then never holds all logits.
 
@@ -318,6 +318,7 @@ def trainer_code_metrics(
         n_labels: Labels of the model.
         threshold: For F1 during training; one, or one a label.
         compact: As in :class:`MultilabelPredictions`.
+        figures: Names of :func:`multilabel_scores` to log; all by default.
     """
     held = MultilabelPredictions(n_labels, compact=compact)
 
@@ -329,7 +330,8 @@ def trainer_code_metrics(
         if not compute_result:
             return {}
         scored, held = held, MultilabelPredictions(n_labels, compact=compact)
-        return multilabel_scores(scored, thresholds=threshold)
+        scores = multilabel_scores(scored, thresholds=threshold)
+        return scores if figures is None else {name: scores[name] for name in figures}
 
     return compute_metrics
 

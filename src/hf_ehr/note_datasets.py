@@ -69,7 +69,7 @@ def split_notes(folder: NoteFolder, seed: int = 0) -> dict[str, pa.Array]:
         kept = {name: mask & (part == ("train" if name == "validation" else name)) for name, mask in kept.items()}
         left_out = len(subjects) - sum(int(mask.sum()) for mask in kept.values())
         if left_out:
-            logger.warning("%d notes are in no split: their patients are in another one.", left_out)
+            logger.warning("%d notes are left out: their patients have notes in another official part.", left_out)
     order = [name for name in ("train", "validation", "test", "unlabelled") if name in kept]
     ids = notes["note_id"].combine_chunks()
     return {name: ids.filter(pa.array(kept[name])) for name in order if name != "unlabelled" or kept[name].any()}

@@ -125,6 +125,17 @@ def describe(codes: Iterable[str], *, non_billable: bool = False) -> list[str | 
     return names
 
 
+def with_dots(codes: Iterable[str]) -> list[str]:
+    """Codes as their vocabulary writes them: ``ICD10CM/E119`` and ``ICD10CM/E11.9`` are one code.
+
+    Example:
+        >>> with_dots(["ICD10CM/E119", "ICD9CM/E8120", "ATC/A10BA02"])
+        ['ICD10CM/E11.9', 'ICD9CM/E812.0', 'ATC/A10BA02']
+    """
+    parts = (code.partition("/") for code in codes)
+    return [vocabulary + slash + dotted(vocabulary, code) for vocabulary, slash, code in parts]
+
+
 def nearest_name(codes: Iterable[str]) -> list[str | None]:
     """The name of each code, else of the nearest thing above it that has one: subcategory, category, block, chapter.
 

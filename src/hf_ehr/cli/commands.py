@@ -113,9 +113,10 @@ def pretrain(words: list[str]) -> None:
     figures = training.pretrain(data, options, arguments)
     if arguments.process_index == 0:
         gain = figures["unigram_loss"] - figures["code_loss"]
+        verdict = f"{abs(gain):.3f} {'better' if gain >= 0 else 'worse'}"
         stay = f" Prolonged stay: AUROC {figures['stay_auroc']:.3f}." if "stay_auroc" in figures else ""
         print(
-            f"Hidden codes of validation patients: {figures['code_loss']:.3f} nats, {gain:+.3f} better than guessing "
+            f"Hidden codes of validation patients: {figures['code_loss']:.3f} nats, {verdict} than guessing "
             f"by frequency ({figures['unigram_loss']:.3f}).{stay}\n"
             f"Next: hf-ehr finetune medbert --data {data.data} --model {arguments.output_dir} --task TASK "
             "--output_dir DIR"

@@ -154,6 +154,8 @@ def highlight(words: list[str]) -> None:
     except UnicodeDecodeError:
         raise EhrDataError(f"`note` must be UTF-8 text, and {note} is not. Save the note as UTF-8.") from None
     options = {name: value for name in ("evidence", "max_length") if (value := getattr(arguments, name)) is not None}
+    if not text.strip():
+        print("The note holds no text: these are the scores of a note that says nothing.")
     codes = highlight_note(coder, text, arguments.output, **options)
     for code in codes[:10]:
         print(f"{code['probability']:6.1%}  {code['decision']:9}  {code['code']}  {code['description'] or ''}")

@@ -151,7 +151,9 @@ def _batches(path: Path, schema: pa.Schema) -> Iterator[pa.Table]:
     """
     if path.name.endswith(".parquet"):
         file = pq.ParquetFile(path)
-        columns = [name for name in file.schema_arrow.names if name in schema.names]
+        columns: list[str] | None = [name for name in file.schema_arrow.names if name in schema.names]
+        if not {one.name for one in schema if not one.nullable and one.name != "provenance"} <= set(columns or ()):
+            columns = None  # the check that names what lacks also says what is there
         yield from (pa.Table.from_batches([batch]) for batch in file.iter_batches(NOTES_PER_PART, columns=columns))
         return
     try:

@@ -37,6 +37,8 @@ from .tables import (
 
 NoteSourceName = Literal["synthetic", "codiesp", "table"]
 _STAGING = ".staging"
+_FIRST = ("test", "train", "unlabelled")
+"""The official part that a patient belongs to: the first of these."""
 
 
 def prepare_notes(
@@ -124,6 +126,14 @@ def format_notes_summary(folder: NoteFolder) -> str:
     return "\n".join(lines)
 
 
+def _dotted(table: pa.Table) -> pa.Table:
+    """The table with ICD codes written with their dot: E119 and E11.9 are one code."""
+    codes = table["code"].combine_chunks().dictionary_encode()
+    written = ontology.with_dots(codes.dictionary.to_pylist())
+    place = table.column_names.index("code")
+    return table.set_column(place, table.schema.field(place), pa.array(written, pa.string()).take(codes.indices))
+
+
 def _input_digest(input_dir: str | Path | None, options: dict[str, Any]) -> str | None:
     """Tells input files apart by name and size, not by when they were copied; None where there are none."""
     given = [Path(str(place)) for place in (input_dir, *(options.get(name) for name in NoteTables._fields)) if place]
@@ -166,11 +176,9 @@ class _Preparation:
                 rows.append(self._add(part, stage))
                 self.tables["labels"].append(part.labels)
                 self.tables["spans"].append(part.spans)
-        if not rows:
-            raise EhrDataError("NOTES must hold a note, and hold none. Check the input.")
-        self.index = pl.concat(rows)
-        if self.index.is_empty():
+        if not any(part.height for part in rows):
             raise EhrDataError("`notes` must hold at least one note, got none. Check the input.")
+        self.index = pl.concat(rows)
         copies = self.index.height - self.index["note_id"].n_unique()
         if copies:
             raise EhrDataError(
@@ -182,6 +190,17 @@ class _Preparation:
                 f"NOTES column `split` must be one of {', '.join(OFFICIAL_SPLITS)} in all notes, or in none; "
                 f"{splits.null_count()} of {len(splits)} have none. Fill or drop the column."
             )
+
+        self._warn_of_shared_patients()
+
+    def _warn_of_shared_patients(self) -> None:
+        """Patients in several official parts belong to the first of them; their other notes will be in no split."""
+        part = pl.col("split").replace_strict(list(_FIRST), range(len(_FIRST)), return_dtype=pl.Int8, default=None)
+        lost = self.index.with_columns(part=part).filter(pl.col("part") > pl.col("part").min().over("subject_id"))
+        counts = dict(sorted(lost["split"].value_counts().iter_rows()))
+        if counts:
+            named = " and ".join(f"{count:,} {name} notes" for name, count in counts.items())
+            self.raw.warnings.append(f"{named} will be in no split: their patients have notes in an earlier part.")
 
     def _add(self, part: NoteTables, stage: _Stage) -> pl.DataFrame:
         """Stages the notes that stay; returns the index of all."""
@@ -198,7 +217,7 @@ class _Preparation:
 
     def labels(self, imputation: ImputationMode) -> pa.Table:
         """LABELS of the notes that stay, each once, native ones before imputed ones."""
-        given = pa.concat_tables([LABEL_TABLE_SCHEMA.empty_table(), *self.tables["labels"]])
+        given = _dotted(pa.concat_tables([LABEL_TABLE_SCHEMA.empty_table(), *self.tables["labels"]]))
         self._check_known(given, "LABELS")
         if not _all(pc.match_substring_regex(given["code"], r"^[^/\s]+/\S+$")):
             raise EhrDataError("LABELS column `code` must be VOCABULARY/CODE, e.g. ICD10CM/E11.9, and some are not.")
@@ -213,7 +232,7 @@ class _Preparation:
 
     def spans(self) -> pa.Table:
         """SPANS of the notes that stay."""
-        given = pa.concat_tables([SPAN_TABLE_SCHEMA.empty_table(), *self.tables["spans"]])
+        given = _dotted(pa.concat_tables([SPAN_TABLE_SCHEMA.empty_table(), *self.tables["spans"]]))
         self._check_known(given, "SPANS")
         kinds = EVIDENCE_KINDS + DISTRACTOR_KINDS
         if not _all(pc.is_in(given["kind"], value_set=pa.array(kinds))):

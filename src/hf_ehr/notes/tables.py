@@ -69,6 +69,7 @@ def check_notes(notes: pa.Table) -> pa.Table:
     Raises:
         EhrDataError: ``note_id``, ``subject_id`` or ``text`` is missing, null, or of another type.
     """
+    check_schema(notes.slice(0, 0), pa.schema([f for f in NOTE_TABLE_SCHEMA if not f.nullable]), "NOTES")
     for optional in NOTE_TABLE_SCHEMA:
         if optional.nullable and optional.name not in notes.column_names:
             notes = notes.append_column(optional, pa.nulls(notes.num_rows, optional.type))

@@ -55,6 +55,8 @@ CODER_RECIPE = {
 }  # fmt: skip
 """BERT-XML, section 3.4: AdamW, 2e-5, linear warm-up over a tenth of the steps and linear decay, batches of 32."""
 HEADS = ("xml", "cls")
+LOGGED = ("auroc_micro", "auroc_macro", "average_precision_micro", "f1_micro", "map")
+"""Figures of each epoch; F1 is that at 0.5, thresholds are tuned at the end."""
 SELECTION = "auroc_micro"
 """What epochs are compared by unless `metric_for_best_model` says otherwise; the paper selects on AUC."""
 
@@ -195,7 +197,7 @@ def fit_coder(
 ) -> None:
     """Trains a coder in place and keeps the epoch with the best validation figure (`metric_for_best_model`).
 
-    A run that was stopped goes on from its last checkpoint.
+    A run that was stopped goes on from its last checkpoint. Notes are scored, and checkpoints written, once an epoch.
 
     Args:
         model: :class:`EhrBertForICDCoding`, or another that takes its batches.
@@ -205,19 +207,19 @@ def fit_coder(
         training: Settings of the run; checkpoints go to its ``output_dir``.
         patience: Epochs without a better one after which to stop; None runs all.
     """
-    packed = takes_packed(model)
+    packed, selection = takes_packed(model), (training.metric_for_best_model or SELECTION).removeprefix("eval_")
     changes: dict[str, Any] = {} if packed else {"train_sampling_strategy": "group_by_length"}
     trainer = Trainer(
         model,
         run_arguments(
             training, eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end=True,
-            metric_for_best_model=training.metric_for_best_model or SELECTION, greater_is_better=True,
+            metric_for_best_model=selection, greater_is_better=True,
             save_total_limit=1, remove_unused_columns=False, batch_eval_metrics=True, **changes,
         ),
         NoteCodingCollator(tokenizer, model.num_labels, packed=packed),
         train_dataset=train.with_format("numpy"),
         eval_dataset=validation.with_format("numpy"),
-        compute_metrics=trainer_code_metrics(model.num_labels),
+        compute_metrics=trainer_code_metrics(model.num_labels, figures=tuple(dict.fromkeys((selection, *LOGGED)))),
         processing_class=tokenizer,
         callbacks=[] if patience is None else [EarlyStoppingCallback(patience)],
     )  # fmt: skip

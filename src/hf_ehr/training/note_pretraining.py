@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,8 @@ from hf_ehr.training.finetuning import check_earlier_stage
 
 if TYPE_CHECKING:
     import datasets
+
+logger = logging.getLogger(__name__)
 
 PRESETS = {"small": EhrBertConfig.small, "big": EhrBertConfig.big, "tiny": EhrBertConfig.tiny}
 VOCABULARIES = {"wordpiece": fit_wordpiece_tokenizer, "word": fit_word_tokenizer}
@@ -118,6 +121,7 @@ def pretrain_notes(data: NoteArguments, options: NotePretrainArguments, training
         run_arguments(training, remove_unused_columns=False),
         NotePretrainingCollator(tokenizer, *shares, packed=packed, seed=training.seed),
         train_dataset=examples["train"].with_format("numpy"),
+        eval_dataset=examples["validation"].with_format("numpy"),  # for `--eval_strategy` and the best epoch
         processing_class=tokenizer,
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(training))
@@ -205,7 +209,14 @@ def _model(data: NoteArguments, options: NotePretrainArguments, tokenizer: Any) 
 def extend_if_needed(model: Any, length: int) -> Any:
     """Gives a model with a shorter table of positions one for windows of `length` tokens (BERT-XML, §3.1)."""
     positions = table_positions(model)
-    return model if positions is None or positions >= length else extend_position_embeddings(model, length)
+    if positions is None or positions >= length:
+        return model
+    logger.warning(
+        "The encoder reads %d tokens: %d positions are added, which nothing has trained yet.",
+        positions,
+        length - positions,
+    )
+    return extend_position_embeddings(model, length)
 
 
 def json_options(text: str, name: str) -> dict[str, Any]:
