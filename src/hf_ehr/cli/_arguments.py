@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from transformers import HfArgumentParser
@@ -30,11 +29,3 @@ def model_of(words: list[str], known: tuple[str, ...], example: str) -> tuple[st
     if model and model not in known:
         raise ValueError(f"MODEL must be one of {', '.join(known)}, got {model!r}. Example: {example}")
     return model, rest
-
-
-def json_option(text: str, name: str) -> dict:
-    """An option that is given as JSON."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"`{name}` must be a JSON object, got {text!r}: {error}.") from error

@@ -17,11 +17,12 @@ from hf_ehr import transfer as transfer_run
 from hf_ehr.attention_maps import attention_map, attention_of
 from hf_ehr.attention_page import attention_page
 from hf_ehr.cli import note_commands
-from hf_ehr.cli._arguments import json_option, model_of, parse, positional
+from hf_ehr.cli._arguments import model_of, parse, positional
 from hf_ehr.cli.note_commands import evaluate_coder, evaluate_evidence, fit_text_tokenizer, highlight, prepare_notes
 from hf_ehr.prepare import SourceName, format_summary
 from hf_ehr.prepare import prepare as prepare_data
 from hf_ehr.schema import shard_paths
+from hf_ehr.training._runs import json_options
 from hf_ehr.vocabulary import coverage
 from hf_ehr.vocabulary import fit_tokenizer as fit
 
@@ -81,7 +82,7 @@ def prepare(words: list[str]) -> None:
     (arguments,) = parse("prepare SOURCE", example, words, PrepareArguments)
     info = prepare_data(
         cast(SourceName, source), arguments.input, arguments.output, engine=cast(Any, arguments.engine),
-        shards=arguments.shards, workers=arguments.workers, options=json_option(arguments.options, "options"),
+        shards=arguments.shards, workers=arguments.workers, options=json_options(arguments.options, "options"),
     )  # fmt: skip
     print(format_summary(info))
     print(f"\nNext: hf-ehr pretrain medbert --data {arguments.output} --output_dir model/")

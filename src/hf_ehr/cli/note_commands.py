@@ -9,7 +9,7 @@ from typing import Any, cast
 from transformers import TrainingArguments, pipeline
 
 from hf_ehr import coder_evaluation
-from hf_ehr.cli._arguments import json_option, parse, positional
+from hf_ehr.cli._arguments import parse, positional
 from hf_ehr.notes import format_notes_summary, oov_per_note
 from hf_ehr.notes import prepare_notes as prepare
 from hf_ehr.pipelines import TASK, highlight_note
@@ -24,6 +24,7 @@ from hf_ehr.training import (
     pretrain_notes,
     train_coder,
 )
+from hf_ehr.training._runs import json_options
 
 
 @dataclass
@@ -75,7 +76,7 @@ def prepare_notes(words: list[str]) -> None:
     folder = prepare(
         cast(Any, source), arguments.input, arguments.output, shards=arguments.shards,
         min_characters=arguments.min_characters, exclude_categories=arguments.exclude_categories,
-        imputation=arguments.imputation, options=json_option(arguments.options, "options"),
+        imputation=arguments.imputation, options=json_options(arguments.options, "options"),
     )  # fmt: skip
     print(format_notes_summary(folder))
     print(f"\nNext: hf-ehr pretrain ehrbert --data {arguments.output} --output_dir encoder/")

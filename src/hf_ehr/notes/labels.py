@@ -14,6 +14,7 @@ from scipy import sparse
 from hf_ehr.ontology import chronic
 from hf_ehr.schema import EhrDataError
 
+from .folder import id_array
 from .tables import LABEL_TABLE_SCHEMA, check_note_labels, check_notes
 
 ImputationMode = Literal["none", "paper", "as_of"]
@@ -31,7 +32,7 @@ def frequent_codes(labels: pa.Table, *, note_ids: Any, more_than: int = 1_000) -
         EhrDataError: No code is that frequent.
     """
     labels = check_note_labels(labels)
-    train = labels.filter(pc.is_in(labels["note_id"], value_set=_strings(note_ids)))
+    train = labels.filter(pc.is_in(labels["note_id"], value_set=id_array(note_ids)))
     counts = pl.DataFrame(train.select(["note_id", "code"])).unique().group_by("code").len()
     kept = counts.filter(pl.col("len") > more_than).sort(["len", "code"], descending=[True, False])
     if kept.is_empty():
@@ -45,7 +46,7 @@ def frequent_codes(labels: pa.Table, *, note_ids: Any, more_than: int = 1_000) -
 def keep_codes(labels: pa.Table, codes: Collection[str]) -> pa.Table:
     """The LABELS whose code is in scope. Notes are not touched: one without codes in scope is an all-zero example."""
     labels = check_note_labels(labels)
-    return labels.filter(pc.is_in(labels["code"], value_set=_strings(codes)))
+    return labels.filter(pc.is_in(labels["code"], value_set=id_array(codes)))
 
 
 def imputed_cells(labels: pa.Table, note_ids: Any, codes: Sequence[str]) -> sparse.csr_array:
@@ -90,7 +91,7 @@ def label_ids(notes: pa.Table, labels: pa.Table, codes: Sequence[str]) -> pa.Lis
         raise EhrDataError("NOTES column `note_id` must name each note once, and one occurs twice. Remove copies.")
     labels = check_note_labels(labels)
     note = pc.index_in(labels["note_id"], value_set=note_ids)
-    code = pc.index_in(labels["code"], value_set=_strings(codes))
+    code = pc.index_in(labels["code"], value_set=id_array(codes))
     known = pc.and_(pc.is_valid(note), pc.is_valid(code))
     row, label = (column.filter(known).to_numpy().astype(np.int64) for column in (note, code))
     row, label = np.divmod(np.unique(row * len(codes) + label), max(1, len(codes)))
@@ -173,9 +174,3 @@ def _carried_since(
 def _chronic(codes: Sequence[str]) -> set[str]:
     """Those of ``codes`` that AHRQ's indicator calls chronic; unknown ones are not."""
     return {code for code, flag in zip(codes, chronic(codes), strict=True) if flag}
-
-
-def _strings(values: Any) -> pa.Array:
-    if isinstance(values, pa.ChunkedArray):
-        return values.combine_chunks()
-    return values if isinstance(values, pa.Array) else pa.array(list(values), pa.string())

@@ -187,3 +187,11 @@ def _digest(content: bytes) -> str:
 def write_json(path: Path, content: dict) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def json_options(text: str, name: str) -> dict[str, Any]:
+    """Options that the command line takes as JSON."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`{name}` must be a JSON object, got {text!r}: {error}.") from error

@@ -37,13 +37,14 @@ from hf_ehr.training._runs import (
     PREDICT_TOKENS,
     SPLITS_FILE,
     Run,
+    json_options,
     last_checkpoint,
     output_of,
     quiet,
     run_arguments,
 )
 from hf_ehr.training.finetuning import check_earlier_stage
-from hf_ehr.training.note_pretraining import extend_if_needed, json_options
+from hf_ehr.training.note_pretraining import extend_if_needed
 
 if TYPE_CHECKING:
     import datasets

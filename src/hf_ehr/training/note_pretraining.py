@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -27,6 +26,7 @@ from hf_ehr.training._runs import (
     PRETRAIN_FILE,
     SPLITS_FILE,
     Run,
+    json_options,
     last_checkpoint,
     log_frequency,
     output_of,
@@ -217,11 +217,3 @@ def extend_if_needed(model: Any, length: int) -> Any:
         length - positions,
     )
     return extend_position_embeddings(model, length)
-
-
-def json_options(text: str, name: str) -> dict[str, Any]:
-    """Options that the command line takes as JSON."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"`{name}` must be a JSON object, got {text!r}: {error}.") from error
