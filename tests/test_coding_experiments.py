@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 from hf_ehr.coder_evaluation import CoderEvaluateArguments, evaluate_coder, sampled
 from hf_ehr.experiments import CodingSpec, ReportArguments, load_spec, report
 from hf_ehr.experiments.coding import CodingBench, cells, run
+from hf_ehr.experiments.coding.cells import stages
 from hf_ehr.experiments.coding.materials import CodedNotes, checkpoint_folder, write_categories
 from hf_ehr.experiments.coding.spec import CodingData
 from hf_ehr.experiments.coding.tables import read_rows
@@ -266,6 +267,26 @@ def test_a_prepared_folder_is_read_where_it_lies(spec, work, tmp_path):
     assert notes.scope.codes == made.scope.codes
     assert len(notes.tokenizer()) == len(made.tokenizer()) == 400
     assert (notes.scope.truth["test"] != made.scope.truth["test"]).nnz == 0
+
+
+def test_codes_and_their_categories_share_texts_tokenizer_and_encoders(spec, tmp_path):
+    fine = replace(spec.datasets[0], options={**spec.datasets[0].options, "patients": 40}, min_patients=4)
+    both = replace(
+        spec, datasets=(fine, replace(fine, name="categories", level="category")), rows=spec.rows[2:3], comparisons=()
+    )
+    bench = CodingBench(both, tmp_path)
+    one, other = (bench.notes(data) for data in both.datasets)
+    one.make()
+    fitted = files(one.tokenizer_folder)
+    other.make()
+    assert other.tokenizer_folder == one.tokenizer_folder
+    assert files(one.tokenizer_folder) == fitted
+    assert other.texts("test") == one.texts("test")
+    assert {code.split(".")[0] for code in one.scope.codes} <= set(other.scope.codes)
+    assert not any("." in code for code in other.scope.codes)
+    found = stages(bench)
+    assert len(found["Pre-training"]) == spec.pretraining.seeds
+    assert len({job.done for job in found["Cells"]}) == len(found["Cells"]) == 2 * spec.draws
 
 
 @pytest.mark.parametrize(

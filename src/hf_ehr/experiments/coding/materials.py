@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -71,17 +71,22 @@ class CodedNotes:
 
     def __init__(self, data: CodingData, tokenizer: dict[str, Any], work: Path):
         self.data, self.options = data, tokenizer
-        self.source_key = digest(data.source, data.input, data.options, data.folder, data.level, __version__)
-        self.key = digest(self.source_key, data.more_than, data.min_patients, tokenizer)
-        self.folder = work / "notes" / self.source_key
+        source = digest(data.source, data.input, data.options, data.folder, __version__)
+        self.key = digest(source, data.level, data.more_than, data.min_patients, tokenizer)
+        self.folder = work / "notes" / source  # of all levels: texts, tokenizers and encoders are the same
         self.tokenizer_folder = self.folder / "tokenizers" / digest(tokenizer)
-        place = self.folder / "data" if data.folder is None or data.level == "category" else data.folder
+        self.full = Path(data.folder) if data.folder is not None else self.folder / "full"
+        place = self.full if data.level == "full" else self.folder / data.level
         self.arguments = NoteArguments(data=str(place))
 
     def make(self) -> None:
         """Prepares the notes, maps their codes, and fits the tokenizer on the training patients."""
+        if not self.full.is_dir():
+            path = None if self.data.input is None else expanded(self.data.input, self.data.name)
+            options = json.loads(json.dumps(self.data.options))
+            prepare_notes(cast(Any, self.data.source), path, self.full, options=options)
         if not Path(self.arguments.data).is_dir():
-            self._prepare()
+            write_categories(NoteFolder.open(self.full), Path(self.arguments.data))
         if not self.tokenizer_folder.is_dir():
             self._fit_tokenizer()
 
@@ -112,18 +117,6 @@ class CodedNotes:
         """Texts of a split, in the order of ``Scope.note_ids``."""
         tables = self.arguments.folder.notes(self.arguments.splits[split], ["note_id", "text"])
         return [text for table in tables for text in table["text"].to_pylist()]
-
-    def _prepare(self) -> None:
-        data, full = self.data, self.folder / "full"
-        raw = Path(self.arguments.data) if data.level == "full" else full
-        if data.folder is None:
-            path = None if data.input is None else expanded(data.input, data.name)
-            options = json.loads(json.dumps(data.options))
-            prepare_notes(cast(Any, data.source), path, raw, options=options)
-        else:
-            raw = Path(data.folder)
-        if data.level == "category":
-            write_categories(NoteFolder.open(raw), Path(self.arguments.data))
 
     def _fit_tokenizer(self) -> None:
         options = NotePretrainArguments(**self.options)
@@ -215,7 +208,7 @@ def make_checkpoint(notes: CodedNotes, spec: CodingSpec, row: CodingRow, seed: i
     settings: dict[str, Any] = {"logging_strategy": "no", "report_to": "none", "disable_tqdm": True}
     folder = checkpoint_folder(notes, spec, row, seed)
     training = TrainingArguments(output_dir=str(folder), seed=seed, **(settings | spec.pretraining.training))
-    data = NoteArguments(**(asdict(notes.arguments) | {"max_length": row.max_length}))
+    data = NoteArguments(data=str(notes.full), max_length=row.max_length)
     pretrain_notes(data, NotePretrainArguments(**options), training)
 
 
