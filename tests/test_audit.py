@@ -234,7 +234,8 @@ class TestWindowsIgnoreLabel:
         spec = get_task(name)
         history_only = replace(
             spec,
-            rules=tuple(r for r in spec.rules if r.window in ("input", "index", "until_30_days_before")),
+            rules=tuple(r for r in spec.rules if r.window in ("input", "index", "seen", "until_30_days_before")),
+            windows={**spec.windows, "target": replace(spec.windows["target"], end=None)},
             censoring=type(spec.censoring)(),
         )
         present = frozenset(("antidiabetic_agent", "diuretic"))

@@ -2,7 +2,7 @@
 
 from hf_ehr.tasks.aces import from_aces, to_aces
 from hf_ehr.tasks.audit import LeakageError, SplitManifest, fingerprint
-from hf_ehr.tasks.definition import Censoring, Outcome, Predicate, Rule, Window
+from hf_ehr.tasks.definition import Censoring, Matching, Outcome, Predicate, Rule, Window
 from hf_ehr.tasks.labels import label_dataset, read_labels
 from hf_ehr.tasks.library import get_task
 from hf_ehr.tasks.spec import TaskSpec
@@ -10,6 +10,7 @@ from hf_ehr.tasks.spec import TaskSpec
 __all__ = [
     "Censoring",
     "LeakageError",
+    "Matching",
     "Outcome",
     "Predicate",
     "Rule",

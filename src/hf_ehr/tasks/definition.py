@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal, TypeVar, get_args
 
-from hf_ehr.schema import DISPOSITIONS, VISIT_KINDS
+from hf_ehr.schema import DISPOSITIONS, STATIC_FIELDS, VISIT_KINDS
 
 T = TypeVar("T")
 
 CodeKind = Literal["diagnosis", "procedure", "medication", "measurement"]
-EventKind = Literal["admission", "discharge", "death", "birth", "any"]
+EventKind = Literal["admission", "discharge", "stay", "stay_end", "death", "birth", "any"]
 Scope = Literal["patient", "visit", "other_visits"]
 Clock = Literal["time", "known"]
 Confirmation = Literal["ever", "so_far", "visit"]
@@ -27,11 +27,12 @@ class Predicate:
     """What to look for; it holds at moments, at most one per visit and time.
 
     A code holds at the start of its visit (the date of the encounter) and is *known* when its ``*_at`` says so.
-    Admissions are visit starts, discharges visit ends. A predicate is a `kind`, or `codes` (which a kind of code may
-    narrow), or `any_of` others.
+    Admissions are visit starts, discharges visit ends; `stay` and `stay_end` are those of intensive care stays within
+    a visit. A predicate is a `kind`, or `codes` (which a kind of code may narrow), or `any_of` others.
 
     Attributes:
-        kind: ``admission``, ``discharge``, ``death``, ``birth``, ``any``, or a kind of code.
+        kind: ``admission``, ``discharge``, ``stay``, ``stay_end``, ``death``, ``birth``, ``any`` (all of them but
+            stays), or a kind of code.
         codes: Patterns ``VOCABULARY/CODE``; ``*`` any run, ``?`` one character, ``[0-9]`` a class; case does not
             matter. A pattern that opens with ``^`` is a regular expression (RE2).
         except_codes: Patterns to leave out of `codes`.
@@ -99,7 +100,7 @@ class Predicate:
             "discharged_to": (self.discharged_to, self.kind == "discharge"),
             "longer_than_days": (self.longer_than_days is not None, self.kind == "discharge"),
             "unplanned": (self.unplanned, self.kind == "admission"),
-            "visit_kinds": (self.visit_kinds, coded or self.kind in ("admission", "discharge")),
+            "visit_kinds": (self.visit_kinds, coded or self.kind in ("admission", "discharge", "stay", "stay_end")),
             "confirmed": (self.confirmed != "ever", bool(self.confirmed_by)),
         }
         for name, (given, heeded) in needs.items():
@@ -188,6 +189,26 @@ class Censoring:
 
     def __post_init__(self) -> None:
         _check_choice("censoring.death", self.death, DeathRule)
+
+
+@dataclass(frozen=True)
+class Matching:
+    """How many controls each case of a case-control task keeps, and in what they are alike.
+
+    Attributes:
+        ratio: Most controls a case.
+        fields: Fields of RECORDS that must be equal; an unknown value equals unknown ones.
+        age_years: Ages at the prediction time must lie in the same band of so many years; None: any age.
+    """
+
+    ratio: int = 3
+    fields: tuple[str, ...] = ("sex", "race")
+    age_years: int | None = 5
+
+    def __post_init__(self) -> None:
+        _check(self.ratio >= 1, "matching.ratio", "at least 1", self.ratio)
+        _check(self.age_years is None or self.age_years >= 1, "matching.age_years", "at least 1", self.age_years)
+        _check_subset("matching.fields", self.fields, STATIC_FIELDS.values())
 
 
 def to_plain(value: Any) -> Any:

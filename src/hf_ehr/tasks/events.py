@@ -146,6 +146,11 @@ class History:
         """(visits,) object, the kinds of the visits."""
         return self.field("kind").to_numpy(zero_copy_only=False)
 
+    def stays(self, edge: str) -> tuple[np.ndarray, np.ndarray]:
+        """Times at which intensive care stays ``start`` or ``end``, µs, and ordinals of their visits, (stays,)."""
+        lists = self.field("stays")
+        return micros(pc.struct_field(pc.list_flatten(lists), edge)), _numpy(pc.list_parent_indices(lists))
+
     @cached_property
     def _codes(self) -> dict[str, Codes]:
         return {}
@@ -295,7 +300,7 @@ def _coded(history: History, predicate: Predicate, kind: str) -> Events:
 
 
 def _plain(history: History, predicate: Predicate) -> Iterator[Events]:
-    """Admissions, discharges, deaths and births; ``any`` is all of them."""
+    """Admissions, discharges, deaths and births, which ``any`` is all of; and stays."""
     kind, visits = predicate.kind, np.arange(len(history.patient))
     keep = np.ones(len(visits), dtype=bool)
     if predicate.visit_kinds:
@@ -310,6 +315,10 @@ def _plain(history: History, predicate: Predicate) -> Iterator[Events]:
     for name, times in (("admission", history.start), ("discharge", history.end)):
         if kind in (name, "any"):
             yield Events.sorted(history.patient[keep], times[keep], visits[keep], times[keep])
+    if kind in ("stay", "stay_end"):
+        times, visit = history.stays("start" if kind == "stay" else "end")
+        chosen = keep[visit]
+        yield Events.sorted(history.patient[visit][chosen], times[chosen], visit[chosen], times[chosen])
     for name, times in (("death", history.death), ("birth", history.birth)):
         if kind in (name, "any"):
             patients = np.arange(len(times))

@@ -13,7 +13,8 @@ from tqdm.auto import tqdm
 
 from hf_ehr.schema import LABEL_SCHEMA, DatasetInfo, EhrDataError, atomic_path, shard_paths, validate_labels
 from hf_ehr.tasks.events import History, code_kinds, unreadable_share
-from hf_ehr.tasks.library import TASKS, get_task
+from hf_ehr.tasks.library import get_task
+from hf_ehr.tasks.matching import match_controls
 from hf_ehr.tasks.spec import TaskSpec
 
 
@@ -45,10 +46,22 @@ def label_dataset(task: TaskSpec | str, directory: str | Path, *, progress: bool
     target, flow = directory / "labels" / f"{spec.name}.parquet", _Flow()
     target.with_suffix(".json").unlink(missing_ok=True)
     with atomic_path(target) as temporary, pq.ParquetWriter(temporary, LABEL_SCHEMA, compression="zstd") as writer:
+        people, found = [], []
         for path, names in tqdm(shards, desc=f"Labelling {spec.name}", unit="shard", disable=not progress):
-            labels, excluded = spec.label(pq.ParquetFile(path).read(columns=names), present=present)
+            records = pq.ParquetFile(path).read(columns=names)
+            labels, excluded = spec.label(records, present=present)
+            flow.excluded.update(excluded)
+            if spec.matching is None:
+                writer.write_table(labels)
+                flow.add(labels)
+            else:  # controls come from all shards
+                found.append(labels)
+                people.append(records.select(["subject_id", "birth_time", *spec.matching.fields]))
+        if spec.matching is not None:
+            labels, unmatched = match_controls(pa.concat_tables(found), pa.concat_tables(people), spec.matching)
             writer.write_table(labels)
-            flow.add(labels, excluded)
+            flow.add(labels)
+            flow.excluded.update(unmatched)
         flow.check(spec)
     report = flow.report(spec, present)
     report["warnings"] += _unreadable(spec, pq.ParquetFile(paths[0]).read(columns=columns[0]))
@@ -81,8 +94,7 @@ class _Flow:
         self.excluded: Counter[str] = Counter()
         self.labels = self.patients = self.positives = 0
 
-    def add(self, labels: pa.Table, excluded: dict[str, int]) -> None:
-        self.excluded.update(excluded)
+    def add(self, labels: pa.Table) -> None:
         self.labels += labels.num_rows
         self.patients += pc.count_distinct(labels["subject_id"]).as_py()
         self.positives += pc.sum(labels["boolean_value"]).as_py() or 0
@@ -120,9 +132,12 @@ class _Flow:
 
 def _find_task(name: str, directory: Path) -> TaskSpec:
     file = directory / "labels" / f"{name}.parquet"
-    if name not in TASKS and file.is_file():
-        raise ValueError(f"`{name}` has no definition: {file} came with the source. Read it with `read_labels`.")
-    return get_task(name)
+    try:
+        return get_task(name)
+    except ValueError:
+        if not file.is_file():
+            raise
+    raise ValueError(f"`{name}` has no definition: {file} came with the source. Read it with `read_labels`.")
 
 
 def _check_intervals(spec: TaskSpec, info: DatasetInfo) -> None:
@@ -162,6 +177,7 @@ def _unreadable(spec: TaskSpec, records: pa.Table) -> list[str]:
 def _columns(path: Path, spec: TaskSpec) -> list[str]:
     """The Parquet columns the task reads: no notes, and measurements only if a predicate may look at them."""
     measured = any("measurement" in code_kinds(predicate) for predicate in spec.predicates.values())
-    skipped = {"notes"} if measured else {"notes", "stays"}
+    stays = any(predicate.kind in ("stay", "stay_end") for predicate in spec.predicates.values())
+    skipped = {"notes", *(() if measured else ("measurements",) if stays else ("stays",))}
     paths = [column.path for column in pq.ParquetFile(path).schema]
     return [name for name in paths if not skipped.intersection(name.split("."))]

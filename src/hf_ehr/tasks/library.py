@@ -1,4 +1,4 @@
-"""The named tasks: prolonged stay, heart failure in diabetes, pancreatic cancer, readmission.
+"""The named tasks: prolonged stay, heart failure in diabetes, pancreatic cancer, readmission, risks; see also ``icu``.
 
 Sources: Med-BERT (Rasmy et al. 2021, npj Digital Medicine 4:86) for the first three and their code lists; the CMS
 hospital-wide readmission measure for the rules of the fourth. Where the paper gives a name and no codes, the codes are
@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from hf_ehr.tasks.definition import Censoring, Outcome, Predicate, Rule, Window
+from hf_ehr.tasks.icu import AMNESIA_CODES, COPD_CODES, icu_mortality, icu_task, risk_six_months_ahead, stay_onset
 from hf_ehr.tasks.spec import TaskSpec
 
 HEART_FAILURE_CODES = (
@@ -47,17 +48,18 @@ PANCREATIC_CANCER_CODES = ("ICD9CM/157*", "ICD10CM/C25*")
 
 
 def get_task(name: str) -> TaskSpec:
-    """The named task.
+    """The named task: one of ``TASKS``, or one whose name :func:`hf_ehr.tasks.icu.icu_task` reads.
 
     Raises:
         ValueError: There is none of this name; the message lists the names.
     """
-    if name not in TASKS:
+    task = TASKS.get(name) or icu_task(name)
+    if task is None:
         raise ValueError(
-            f"`name` must be one of {', '.join(TASKS)}, got {name!r}. "
-            "Other tasks are written as YAML: TaskSpec.from_yaml(path)."
+            f"`name` must be one of {', '.join(TASKS)}, or of other hours such as arf_onset_after_t4_gap2_within24, "
+            f"got {name!r}. Other tasks are written as YAML: TaskSpec.from_yaml(path)."
         )
-    return TASKS[name]
+    return task
 
 
 def _drugs(atc: tuple[str, ...], names: tuple[str, ...]) -> tuple[str, ...]:
@@ -324,6 +326,11 @@ TASKS = {
         PANCREATIC_CANCER,
         PANCREATIC_CANCER_PROSPECTIVE,
         READMISSION_30D,
+        *(stay_onset(outcome, hours) for outcome in ("arf", "shock") for hours in (4, 12, 48)),
+        icu_mortality(48),
+        risk_six_months_ahead("heart_failure_six_months_ahead", "heart failure", HEART_FAILURE_CODES),
+        risk_six_months_ahead("copd_six_months_ahead", "chronic obstructive lung disease", COPD_CODES),
+        risk_six_months_ahead("amnesia_six_months_ahead", "amnesia", AMNESIA_CODES),
     )
 }
 """Every named task, by name."""

@@ -12,7 +12,17 @@ import pyarrow as pa
 import yaml
 
 from hf_ehr.tasks.cohort import label_records, prediction_points
-from hf_ehr.tasks.definition import ANY_EVENT, Censoring, Outcome, Predicate, Rule, Window, from_plain, to_plain
+from hf_ehr.tasks.definition import (
+    ANY_EVENT,
+    Censoring,
+    Matching,
+    Outcome,
+    Predicate,
+    Rule,
+    Window,
+    from_plain,
+    to_plain,
+)
 from hf_ehr.tasks.events import History, confirming_data, predicate_events
 from hf_ehr.tasks.windows import Bound, bounds_behind, parse_bound
 
@@ -44,6 +54,7 @@ class TaskSpec:
         fallback: See `index`.
         prediction: ``WINDOW.end`` or ``WINDOW.start``: the prediction time.
         censoring: What becomes of candidates without the outcome who were not observed.
+        matching: Which controls are kept, in case-control designs: `label_dataset` draws them from the whole data set.
         expected_prevalence: Lowest and highest share of positives that is believable.
         leaks: What a model must not be given, in words.
 
@@ -64,6 +75,7 @@ class TaskSpec:
     fallback: str | None = None
     prediction: str = "input.end"
     censoring: Censoring = field(default=Censoring())
+    matching: Matching | None = None
     expected_prevalence: tuple[float, float] | None = None
     leaks: tuple[str, ...] = ()
 
@@ -108,6 +120,7 @@ class TaskSpec:
         )
         _require(controls == (self.fallback is not None), "fallback", "given with event_or_last only", self.fallback)
         _require(controls or not any(rule.cases_only for rule in self.rules), "cases_only", "case_control only", True)
+        _require(controls or self.matching is None, "matching", "given in case_control only", self.matching)
         _require(self.unit == "visit" or self.index != "every", "unit", "visit where every trigger counts", self.unit)
         finite = self.windows[self.outcome.window].end is not None
         _require(
@@ -246,6 +259,8 @@ def _with_parts(plain: Any) -> Any:
         made["outcome"] = from_plain(Outcome, plain["outcome"], "outcome")
     if "censoring" in plain:
         made["censoring"] = from_plain(Censoring, plain["censoring"], "censoring")
+    if plain.get("matching") is not None:
+        made["matching"] = from_plain(Matching, plain["matching"], "matching")
     if isinstance(plain.get("rules"), list):
         made["rules"] = [from_plain(Rule, item, f"rules[{number}]") for number, item in enumerate(plain["rules"])]
     return made
