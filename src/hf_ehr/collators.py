@@ -183,9 +183,9 @@ class PaddedCollator:
 
         Returns:
             ``input_ids``, ``attention_mask``, ``visit_ids``, ``serial_ids`` (batch, sequence) int64, where the
-            examples have it also ``age_ids``; ``labels``: codes (batch, sequence) or hidden sets (batch, hidden) under
-            a masking, else classes (batch,) int64 or 0/1 (batch, num_labels) float32; ``prolonged_stay_labels``
-            (batch,) int64 where the examples have it.
+            examples have them also ``age_ids`` and ``day_ids``; ``labels``: codes (batch, sequence) or hidden sets
+            (batch, hidden) under a masking, else classes (batch,) int64 or 0/1 (batch, num_labels) float32;
+            ``prolonged_stay_labels`` (batch,) int64 where the examples have it.
 
         Raises:
             ValueError: The examples have class ``labels`` beside a masking, or there are several bins.
@@ -220,7 +220,8 @@ class PackedCollator:
         """Example rows, or one bin, to a batch; patients keep their order.
 
         Returns:
-            ``input_ids``, ``visit_ids``, ``serial_ids`` (1, total) int64, where the examples have it also ``age_ids``;
+            ``input_ids``, ``visit_ids``, ``serial_ids`` (1, total) int64, where the examples have them also
+            ``age_ids`` and ``day_ids``;
             ``cu_seqlens`` (patients + 1,) int32;
             ``max_seqlen``, a Python int; ``labels``: codes (1, total) or hidden sets (patients, hidden) under a
             masking, else per patient as in [`PaddedCollator`]; ``prolonged_stay_labels`` (patients,) int64.

@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STREAMS = ("input_ids", "visit_ids", "serial_ids")
-AGE_STREAM = "age_ids"
-"""The stream that examples have beside the others when their tokenizer has ``ages``."""
+OPTIONAL_STREAMS = {"age_ids": "ages", "day_ids": "days"}
+"""Streams that examples have beside the others, and the option of their tokenizer that adds each."""
 SEXES = ("F", "M")
 """Sex in an example is 1 + the place in this tuple, 0 when unknown or other."""
 
@@ -128,9 +128,10 @@ def build_examples(
 
     Returns:
         Columns ``subject_id``, ``prediction_time`` (null without labels), the lists ``input_ids``, ``visit_ids``,
-        ``serial_ids`` (int32) and ``age_ids`` if the tokenizer has ``ages``, ``length``, ``age`` (years at the
-        prediction time, NaN when unknown), ``sex`` (0 unknown, 1 F, 2 M) and ``labels`` (class index, float for
-        ``float_value``, or 0/1 per label name) or, without labels, ``prolonged_stay_labels`` (:func:`prolonged_stay`).
+        ``serial_ids`` (int32) and, if the tokenizer has ``ages`` or ``days``, ``age_ids`` and ``day_ids``; ``length``,
+        ``age`` (years at the prediction time, NaN when unknown), ``sex`` (0 unknown, 1 F, 2 M) and ``labels`` (class
+        index, float for ``float_value``, or 0/1 per label name) or, without labels, ``prolonged_stay_labels``
+        (:func:`prolonged_stay`).
 
     Raises:
         EhrDataError: The labels mix value columns, a class is not among ``label_names``, or no example is left.
@@ -230,7 +231,8 @@ class _Builder:
     @property
     def streams(self) -> tuple[str, ...]:
         """The streams of an example."""
-        return (*STREAMS, AGE_STREAM) if self.tokenizer.ages else STREAMS
+        added = (name for name, option in OPTIONAL_STREAMS.items() if getattr(self.tokenizer, option))
+        return (*STREAMS, *added)
 
     def examples(self, batch: pa.RecordBatch) -> Iterator[pa.Table]:
         """Example tables of one batch of records, each of about ``CODES_PER_CHUNK`` codes."""
@@ -252,7 +254,7 @@ class _Builder:
         times = np.full(len(rows), NEVER) if self.labels is None else self.labels.times[label_rows]
         *histories, visit_starts = history.visible(rows, times)
         options: dict[str, Any] = {"max_length": None if self.drop_long else self.max_length}
-        if self.tokenizer.ages:
+        if len(self.streams) > len(STREAMS):
             births = microseconds(batch["birth_time"])[rows]
             options |= {"birth_times": datetimes(births), "visit_starts": datetimes(visit_starts)}
         encoded = self.tokenizer.encode_column(*histories, **options)

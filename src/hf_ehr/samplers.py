@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from ._histories import ragged_indices, total_before
-from .datasets import AGE_STREAM, STREAMS
+from .datasets import OPTIONAL_STREAMS, STREAMS
 
 if TYPE_CHECKING:
     import datasets
@@ -32,7 +32,8 @@ class FlatBatch:
     """Some patients, one after the other; patient ``i`` owns the tokens ``offsets[i]:offsets[i + 1]``.
 
     Attributes:
-        streams: ``input_ids``, ``visit_ids``, ``serial_ids`` and, where examples have it, ``age_ids``; (tokens,) int.
+        streams: ``input_ids``, ``visit_ids``, ``serial_ids`` and, where examples have them, ``age_ids`` and
+            ``day_ids``; (tokens,) int.
         offsets: (patients + 1,) int64.
         targets: ``labels`` and ``prolonged_stay_labels`` where there are any, each (patients,) or (patients, labels).
         key: What makes random choices on this batch repeatable, (epoch, index); ``None`` when nobody counts batches.
@@ -49,7 +50,7 @@ class FlatBatch:
         lengths = [len(row[STREAMS[0]]) for row in rows]
         streams = {
             name: np.concatenate([np.asarray(row[name], np.int64) for row in rows])
-            for name in (*STREAMS, AGE_STREAM)
+            for name in (*STREAMS, *OPTIONAL_STREAMS)
             if name in rows[0]
         }
         targets = {name: np.asarray([row[name] for row in rows]) for name in TARGETS if name in rows[0]}
@@ -78,7 +79,7 @@ class FlatExamples:
                 f"`dataset` must have the columns {STREAMS}, {sorted(missing)} are missing. Use `build_examples`."
             )
         self.dataset = dataset
-        names = [*STREAMS, *(name for name in (AGE_STREAM, *TARGETS) if name in dataset.column_names)]
+        names = [*STREAMS, *(name for name in (*OPTIONAL_STREAMS, *TARGETS) if name in dataset.column_names)]
         batches = dataset.data.table.select(names).to_batches()
         self._chunks = [_Chunk.of(batch) for batch in batches if batch.num_rows]
         self._first_row = total_before(np.array([len(chunk.lengths) for chunk in self._chunks], np.int64))
@@ -145,7 +146,7 @@ class _Chunk:
 
     @classmethod
     def of(cls, batch: pa.RecordBatch) -> _Chunk:
-        names = [name for name in (*STREAMS, AGE_STREAM) if name in batch.schema.names]
+        names = [name for name in (*STREAMS, *OPTIONAL_STREAMS) if name in batch.schema.names]
         bounds = {name: batch[name].offsets.to_numpy() for name in names}
         starts = bounds[STREAMS[0]] - bounds[STREAMS[0]][0]
         for name in names[1:]:

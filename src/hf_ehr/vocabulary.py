@@ -84,6 +84,7 @@ def fit_tokenizer(
     code_exact: bool = False,
     visit_separators: bool = False,
     ages: bool = False,
+    days: bool = False,
 ) -> EhrCodeTokenizer:
     """Fits the vocabulary on the training patients.
 
@@ -101,6 +102,7 @@ def fit_tokenizer(
         code_exact: Med-BERT's own ids, see :meth:`EhrCodeTokenizer.from_codes`.
         visit_separators: BEHRT's ``[CLS]`` before a history and ``[SEP]`` after each visit.
         ages: BEHRT's age of the patient at each code.
+        days: The days from the first visit to that of each code, for models that read intervals (HiTANet).
 
     Returns:
         The tokenizer. Its ``init_kwargs`` hold the options and ``fitted_on``, the fingerprint of the
@@ -132,6 +134,7 @@ def fit_tokenizer(
         code_exact=code_exact,
         visit_separators=visit_separators,
         ages=ages,
+        days=days,
         kinds=list(kinds),
         min_count=min_count,
         min_patients=min_patients,

@@ -24,7 +24,7 @@ SPECS = Path(__file__).parent / "specs"
 MODELS = ("medbert", "rnn")
 PPMI_LR = "PPMI-SVD + LR"
 INITS = ("random", "pretrained", "t-w2v", "ppmi-svd")
-HEADS = ("ffn", "gru", "bigru", "retain")
+HEADS = ("ffn", "gru", "bigru", "retain", "lstm", "dipole", "adacare", "hitanet")
 ALL = "all"
 
 

@@ -1,4 +1,4 @@
-"""Configuration of the recurrent baselines: GRU, Bi-GRU and RETAIN on code embeddings."""
+"""Configuration of the sequence baselines on code embeddings: GRU, Bi-GRU, RETAIN, LSTM, Dipole, AdaCare, HiTANet."""
 
 from typing import Any, Literal
 
@@ -8,16 +8,23 @@ from transformers import PreTrainedConfig
 
 @strict
 class EhrRnnConfig(PreTrainedConfig):
-    r"""Configuration of the recurrent models that the Med-BERT paper compares with.
+    r"""Configuration of the sequence models that the papers of Med-BERT and MedHMP compare with.
 
     Args:
         vocab_size: Number of codes plus special tokens. 82,603 is the paper's vocabulary.
         embedding_size: Width of the code embeddings; 192 is Med-BERT's, whose place they take.
         hidden_size: Width of each GRU (each direction). 128 is the default of the authors' `pytorch_ehr` and of
-            RETAIN's code; the Med-BERT paper gives none.
-        head: `gru`, `bigru`, or `retain` (Choi et al., NeurIPS 2016).
+            RETAIN's code; the Med-BERT paper gives none. For `hitanet` the width of its transformer, a multiple of 4.
+            MedHMP's patient-level models have 256 here and in `embedding_size`.
+        head: `gru`, `bigru`, or `retain` (Choi et al., NeurIPS 2016); those of MedHMP's patient-level table: `lstm`,
+            `dipole` (Ma et al., KDD 2017), `adacare` (Ma et al., AAAI 2020) and `hitanet` (Luo et al., KDD 2020),
+            which reads `day_ids` and so needs a tokenizer with `days=True` and data whose intervals are true.
         level: What a step is. `token`: a code, its embedding plus that of its visit (Med-BERT paper, section
-            "Fine-tuning"); `visit`: a visit, the sum of its codes' embeddings (`pytorch_ehr`, RETAIN).
+            "Fine-tuning"); `visit`: a visit, what `visit_encoder` makes of its codes.
+        visit_encoder: Of level `visit`. `sum`: the sum of the codes' embeddings (`pytorch_ehr`, RETAIN); `mlp`:
+            MedHMP's code encoder over it, linear, norm, ReLU, twice.
+        dipole_attention: How Dipole scores steps: `location`, `general` or `concat`.
+        dipole_bidirectional: Whether Dipole reads in both directions.
         max_visits: Size of the visit table at level `token`; visit 0 is padding. 1,000 is Med-BERT's, so that both
             read the same ids; the authors' notebook has 500.
         hidden_dropout_prob: Dropout on the steps. 0.1 as in `pytorch_ehr`; RETAIN's code has 0.5.
@@ -46,8 +53,11 @@ class EhrRnnConfig(PreTrainedConfig):
     vocab_size: int = 82603
     embedding_size: int = 192
     hidden_size: int = 128
-    head: Literal["gru", "bigru", "retain"] = "gru"
+    head: Literal["gru", "bigru", "retain", "lstm", "dipole", "adacare", "hitanet"] = "gru"
     level: Literal["token", "visit"] = "token"
+    visit_encoder: Literal["sum", "mlp"] = "sum"
+    dipole_attention: Literal["location", "general", "concat"] = "location"
+    dipole_bidirectional: bool = True
     max_visits: int = 1000
     hidden_dropout_prob: float | int = 0.1
     classifier_dropout: float | int | None = None
@@ -77,6 +87,18 @@ class EhrRnnConfig(PreTrainedConfig):
                 f"`pad_token_id` must lie in [0, vocab_size={self.vocab_size}), got {self.pad_token_id}. Pass "
                 "len(tokenizer) as `vocab_size` and the tokenizer's own id."
             )
+
+    def validate_visit_encoder(self):
+        """An MLP reads visits, not single codes."""
+        if self.visit_encoder == "mlp" and self.level != "visit":
+            raise ValueError(
+                f"`visit_encoder` must be 'sum' at level {self.level!r}, got 'mlp'. Pass level='visit' beside it."
+            )
+
+    def validate_heads(self):
+        """HiTANet's transformer splits its width among 4 heads."""
+        if self.head == "hitanet" and self.hidden_size % 4:
+            raise ValueError(f"`hidden_size` must be a multiple of 4 for `hitanet`, got {self.hidden_size}. Round it.")
 
 
 EhrRnnConfig.register_for_auto_class()

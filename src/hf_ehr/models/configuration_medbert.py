@@ -44,9 +44,10 @@ class MedBertConfig(PreTrainedConfig):
         layer_norm_eps: Epsilon of the layer norms.
         classifier_dropout: Dropout before the classifier; `hidden_dropout_prob` when `None`.
         head: What the classifier reads. `ffn`: the pooled states ("Med-BERT only"); `gru`, `bigru`: the last state of
-            a GRU over them, of both directions; `retain`: RETAIN's weighted sum of them (section "Fine-tuning").
+            a GRU over them, of both directions; `retain`: RETAIN's weighted sum of them (section "Fine-tuning");
+            `lstm`, `dipole`, `adacare`, `hitanet`: the heads of [`EhrRnnConfig`], `hitanet` with `day_ids`.
         head_hidden_size: Width of the head's GRUs (each direction). 128 is what the authors' baselines
-            (`pytorch_ehr`) and RETAIN's code use; the paper gives none.
+            (`pytorch_ehr`) and RETAIN's code use; the paper gives none. A multiple of 4 for `hitanet`.
         pad_token_id: Id of `[PAD]`.
         mask_token_id: Id of `[MASK]`. The authors used 0 for both padding and mask (see [`code_exact`]).
         tie_word_embeddings: Whether the code decoder shares the code embeddings.
@@ -90,7 +91,7 @@ class MedBertConfig(PreTrainedConfig):
     attention_gain: float | int | None = None
     layer_norm_eps: float = 1e-12
     classifier_dropout: float | int | None = None
-    head: Literal["ffn", "gru", "bigru", "retain"] = "ffn"
+    head: Literal["ffn", "gru", "bigru", "retain", "lstm", "dipole", "adacare", "hitanet"] = "ffn"
     head_hidden_size: int = 128
     pad_token_id: int | None = 0
     mask_token_id: int | None = 4

@@ -375,3 +375,20 @@ def _add_gradients(gradients, rows: slice, scores, inputs, weights) -> None:
         weight_gradient.addmm_(scores.t(), inputs)
     else:
         weight_gradient += scores.t() @ inputs
+
+
+def sinusoids(positions: torch.Tensor, size: int) -> torch.Tensor:
+    """Fixed position vectors: `sin(p / 10000^(2i/size))` at 2i and the cosine beside it (Vaswani et al. 2017, §3.5).
+
+    BEHRT's text follows that paper; its code doubles the exponents.
+
+    Args:
+        positions: Any shape, from 0.
+        size: Length of a vector.
+
+    Returns:
+        (*positions, size) float32.
+    """
+    pairs = torch.arange(0, size, 2, device=positions.device, dtype=torch.float32)
+    angles = positions.float()[..., None] * 10000 ** (-pairs / size)
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)[..., :size]

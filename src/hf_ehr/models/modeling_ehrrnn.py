@@ -1,8 +1,10 @@
-"""The recurrent baselines of the Med-BERT paper: GRU, Bi-GRU and RETAIN on code embeddings.
+"""The sequence baselines of the papers of Med-BERT and MedHMP on code embeddings.
 
-    codes ─ code + visit embeddings ───────┐
-                                           ├─▶ steps ─ GRU │ Bi-GRU │ RETAIN ─▶ patient vector ─▶ classifier
-    codes ─ code embeddings, Σ per visit ──┘
+    codes ─ code + visit embeddings ─────────────────┐
+                                                     ├─▶ steps ─ head ─▶ patient vector ─▶ classifier
+    codes ─ code embeddings, Σ per visit (─ MLP) ────┘
+
+    head: GRU │ Bi-GRU │ RETAIN │ LSTM │ Dipole │ AdaCare │ HiTANet
 
 The heads are those that Med-BERT takes (`modeling_heads.py`); here they read embeddings instead of its states.
 """
@@ -18,7 +20,8 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_ehrrnn import EhrRnnConfig
 from .modeling_ehr import packed_borders
-from .modeling_heads import EhrClassifierOutput, HeadOutput, PatientClassifierMixin, Steps, init_head, new_head
+from .modeling_heads import EhrClassifierOutput, PatientClassifierMixin, init_head, new_head
+from .modeling_steps import HeadOutput, Steps
 
 
 @dataclass
@@ -30,8 +33,9 @@ class EhrRnnModelOutput(ModelOutput):
             step adds to `pooler_output`. Steps are the columns of padded `input_ids`, the codes of a packed patient,
             or the visits at level `visit`.
         pooler_output: (patients, features), one vector per patient.
-        head_alpha: (patients, steps), RETAIN's weights of the steps.
-        head_beta: (patients, steps, embedding), RETAIN's gates.
+        head_alpha: (patients, steps), the head's weights of the steps, see [`EhrClassifierOutput`]; pooling heads
+            (`lstm`, `adacare`) and the others but `gru` and `bigru` have them.
+        head_beta: (patients, steps, gates), the gates of `retain` and `adacare`.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -44,8 +48,26 @@ class VisitTable(nn.Embedding):
     """Embeddings of visits, which start small: as large as those of codes they would be noise as loud as the codes."""
 
 
+class VisitMlp(nn.Module):
+    """MedHMP's code encoder `Linear(V, d)·LN·ReLU·Linear(d, d)·LN·ReLU` behind its first product.
+
+    A row of 0 and 1 times `Linear(V, d).weight.T` is the sum of the rows of the visit's codes, which arrives here.
+    """
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.bias = nn.Parameter(torch.empty(size))
+        self.norm = nn.LayerNorm(size)
+        self.dense = nn.Linear(size, size)
+        self.dense_norm = nn.LayerNorm(size)
+
+    def forward(self, sums: torch.Tensor) -> torch.Tensor:
+        """(visits, size) → the same shape."""
+        return self.dense_norm(self.dense(self.norm(sums + self.bias).relu())).relu()
+
+
 class EhrRnnEmbeddings(nn.Module):
-    """Codes → steps with dropout; the table of visits is absent at level `visit`."""
+    """Codes → steps with dropout; the table of visits is absent at level `visit`, the MLP elsewhere."""
 
     def __init__(self, config: EhrRnnConfig):
         super().__init__()
@@ -53,18 +75,21 @@ class EhrRnnEmbeddings(nn.Module):
         self.by_visit = config.level == "visit"
         if not self.by_visit:
             self.visit_embeddings = VisitTable(config.max_visits, config.embedding_size)
+        self.visit_encoder = VisitMlp(config.embedding_size) if config.visit_encoder == "mlp" else nn.Identity()
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, input_ids, visit_ids, attention_mask=None, packed=None, inputs_embeds=None) -> Steps:
+    def forward(
+        self, input_ids, visit_ids, attention_mask=None, packed=None, inputs_embeds=None, day_ids=None
+    ) -> Steps:
         """Ids (batch, sequence) → one step per code, or per visit."""
         embedded = self.code_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         if not self.by_visit:
             embedded = embedded + self.visit_embeddings(visit_ids)
-        steps = Steps.of(embedded, attention_mask, packed)
+        steps = Steps.of(embedded, attention_mask, packed, day_ids)
         if self.by_visit:
             visits = visit_ids[0] if packed is not None else visit_ids.flatten()[steps.places]
             steps = steps.sums(visits)
-        return steps._replace(states=self.dropout(steps.states))
+        return steps._replace(states=self.dropout(self.visit_encoder(steps.states)))
 
 
 class EhrRnnPreTrainedModel(PreTrainedModel):
@@ -72,14 +97,20 @@ class EhrRnnPreTrainedModel(PreTrainedModel):
 
     config: EhrRnnConfig
     base_model_prefix = "model"
-    _no_split_modules = ["EhrRnnEmbeddings", "GruHead", "RetainHead"]  # noqa: RUF012 - library's form
+    _no_split_modules = [  # noqa: RUF012 - library's form
+        *("EhrRnnEmbeddings", "GruHead", "RetainHead", "LstmHead", "DipoleHead", "AdaCareHead", "HiTANetHead"),
+    ]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
         init_head(module)
         if isinstance(module, nn.Embedding):
-            init.normal_(module.weight, std=self.config.initializer_range if isinstance(module, VisitTable) else 1.0)
+            # The norm behind an MLP's sums takes their size away, and steps of AdamW are large beside small weights.
+            quiet = isinstance(module, VisitTable) or self.config.visit_encoder == "mlp"
+            init.normal_(module.weight, std=self.config.initializer_range if quiet else 1.0)
+        if isinstance(module, VisitMlp):
+            init.zeros_(module.bias)
 
     def get_input_embeddings(self):
         """The code embeddings."""
@@ -99,10 +130,13 @@ class EhrRnnModel(EhrRnnPreTrainedModel):
     def __init__(self, config: EhrRnnConfig):
         super().__init__(config)
         self.embeddings = EhrRnnEmbeddings(config)
-        self.head = new_head(config.head, config.embedding_size, config.hidden_size)
+        dipole = {"attention": config.dipole_attention, "bidirectional": config.dipole_bidirectional}
+        self.head = new_head(config.head, config.embedding_size, config.hidden_size, **dipole)
         self.post_init()
 
-    def encode(self, input_ids, attention_mask, visit_ids, cu_seqlens, max_seqlen, inputs_embeds) -> HeadOutput:
+    def encode(
+        self, input_ids, attention_mask, visit_ids, cu_seqlens, max_seqlen, inputs_embeds, day_ids
+    ) -> HeadOutput:
         """As `forward`, in the heads' own form: without padding."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
@@ -110,7 +144,7 @@ class EhrRnnModel(EhrRnnPreTrainedModel):
         packed = packed_borders(codes, attention_mask, cu_seqlens, max_seqlen)
         if visit_ids is None:
             visit_ids = torch.ones(codes.shape, dtype=torch.long, device=codes.device)
-        return self.head(self.embeddings(input_ids, visit_ids, attention_mask, packed, inputs_embeds))
+        return self.head(self.embeddings(input_ids, visit_ids, attention_mask, packed, inputs_embeds, day_ids))
 
     @can_return_tuple
     def forward(
@@ -122,6 +156,7 @@ class EhrRnnModel(EhrRnnPreTrainedModel):
         cu_seqlens: torch.Tensor | None = None,
         max_seqlen: int | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        day_ids: torch.Tensor | None = None,
         **kwargs,
     ) -> EhrRnnModelOutput:
         """Encodes patients.
@@ -134,12 +169,14 @@ class EhrRnnModel(EhrRnnPreTrainedModel):
             cu_seqlens: (patients + 1,) int32 borders of a packed row.
             max_seqlen: Longest patient of a packed row.
             inputs_embeds: (batch, sequence, embedding) in place of the code embeddings.
+            day_ids: As `input_ids`, 1 + days since the patient's first visit, 0 where unknown; read by `hitanet`.
             **kwargs: Not read.
 
         Raises:
-            ValueError: Both or neither of `input_ids` and `inputs_embeds`, or a packed batch that also has a mask.
+            ValueError: Both or neither of `input_ids` and `inputs_embeds`, a packed batch that also has a mask, or no
+                `day_ids` for a head that reads them.
         """
-        head = self.encode(input_ids, attention_mask, visit_ids, cu_seqlens, max_seqlen, inputs_embeds)
+        head = self.encode(input_ids, attention_mask, visit_ids, cu_seqlens, max_seqlen, inputs_embeds, day_ids)
         return EhrRnnModelOutput(
             last_hidden_state=head.steps.rectangle(head.states), pooler_output=head.features, **head.attention()
         )
@@ -164,6 +201,7 @@ class EhrRnnForSequenceClassification(PatientClassifierMixin, EhrRnnPreTrainedMo
         cu_seqlens: torch.Tensor | None = None,
         max_seqlen: int | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        day_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
@@ -175,7 +213,7 @@ class EhrRnnForSequenceClassification(PatientClassifierMixin, EhrRnnPreTrainedMo
                 `problem_type="multi_label_classification"`.
             num_items_in_batch: Number of labels of the whole accumulated batch; the loss is the sum over it.
         """
-        head = self.model.encode(input_ids, attention_mask, visit_ids, cu_seqlens, max_seqlen, inputs_embeds)
+        head = self.model.encode(input_ids, attention_mask, visit_ids, cu_seqlens, max_seqlen, inputs_embeds, day_ids)
         return self.classify(head.features, head, labels, num_items_in_batch)
 
 

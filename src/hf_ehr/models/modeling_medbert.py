@@ -347,6 +347,7 @@ class MedBertForSequenceClassification(PatientClassifierMixin, MedBertPreTrained
         age_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        day_ids: torch.Tensor | None = None,
         **kwargs,
     ) -> EhrClassifierOutput:
         """Scores patients; inputs as in [`MedBertModel`].
@@ -355,6 +356,7 @@ class MedBertForSequenceClassification(PatientClassifierMixin, MedBertPreTrained
             labels: (patients,) class index, or (patients, num_labels) of 0 and 1 under
                 `problem_type="multi_label_classification"`.
             num_items_in_batch: Number of labels of the whole accumulated batch; the loss is the sum over it.
+            day_ids: As `input_ids`, 1 + days since the patient's first visit, 0 where unknown; read by `hitanet`.
         """
         outputs = self.model(
             input_ids, attention_mask, visit_ids, serial_ids, cu_seqlens, max_seqlen, inputs_embeds, age_ids, **kwargs
@@ -363,7 +365,7 @@ class MedBertForSequenceClassification(PatientClassifierMixin, MedBertPreTrained
         if self.head is not None:
             states = outputs.last_hidden_state
             packed = packed_borders(states, attention_mask, cu_seqlens, max_seqlen)
-            head = self.head(Steps.of(states, attention_mask, packed))
+            head = self.head(Steps.of(states, attention_mask, packed, day_ids))
             features = head.features
         encoder_fields = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
         return self.classify(features, head, labels, num_items_in_batch, **encoder_fields)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .configuration_medbert import MedBertConfig
+from .modeling_ehr import sinusoids
 
 
 class MedBertEmbeddings(nn.Module):
@@ -39,20 +40,3 @@ class MedBertEmbeddings(nn.Module):
             age_ids = torch.zeros_like(visit_ids) if age_ids is None else age_ids
             embedded = embedded + self.age_embeddings(age_ids.clamp(max=self.config.max_age + 1))
         return self.dropout(self.norm(embedded))
-
-
-def sinusoids(positions: torch.Tensor, size: int) -> torch.Tensor:
-    """Fixed position vectors: `sin(p / 10000^(2i/size))` at 2i and the cosine beside it (Vaswani et al. 2017, §3.5).
-
-    BEHRT's text follows that paper; its code doubles the exponents.
-
-    Args:
-        positions: Any shape, from 0.
-        size: Length of a vector.
-
-    Returns:
-        (*positions, size) float32.
-    """
-    pairs = torch.arange(0, size, 2, device=positions.device, dtype=torch.float32)
-    angles = positions.float()[..., None] * 10000 ** (-pairs / size)
-    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)[..., :size]

@@ -69,6 +69,25 @@ def tokens_kept(visit_lengths: np.ndarray, patient_lengths: np.ndarray, max_leng
     return kept
 
 
+def day_ids(starts: np.ndarray | None, patient_lengths: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """1 + the days from the patient's first visit to each, by the calendar; 0 where unknown, (visits,) int32.
+
+    Args:
+        starts: (visits,) datetime64, NaT where unknown.
+        patient_lengths: Visits of each patient, (patients,).
+        counts: Tokens of each visit, (visits,); a visit without any is no first visit, and has 0.
+    """
+    ids = np.zeros(len(counts), np.int32)
+    if starts is None:
+        return ids
+    known = np.flatnonzero((counts > 0) & ~np.isnat(starts))
+    owners = np.repeat(np.arange(len(patient_lengths)), patient_lengths)[known]
+    days = starts[known].astype("M8[D]").astype(np.int64)
+    first = np.searchsorted(owners, owners)
+    ids[known] = 1 + np.maximum(days - days[first], 0)
+    return ids
+
+
 def age_ids(births: np.ndarray | None, starts: np.ndarray | None, patient_lengths: np.ndarray) -> np.ndarray:
     """1 + the age in whole years at the start of each visit, 0 where unknown or before birth, (visits,) int32."""
     ids = np.zeros(patient_lengths.sum(), np.int32)

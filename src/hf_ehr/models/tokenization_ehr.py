@@ -22,7 +22,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from .code_hierarchy import parent
-from .ragged_visits import age_ids, check_lengths, first_in_visit, ranks, tokens_kept, total_before
+from .ragged_visits import age_ids, check_lengths, day_ids, first_in_visit, ranks, tokens_kept, total_before
 
 SPECIAL_TOKENS = {
     "pad_token": "[PAD]",
@@ -45,6 +45,8 @@ class EncodedColumn(NamedTuple):
         offsets: Bounds of the patients, (patients + 1,) int64.
         age_ids: 1 + the age in whole years at the start of the visit, 0 where unknown, (tokens,) int32; ``None`` from
             a tokenizer without ``ages``.
+        day_ids: 1 + the days from the first visit in the history to this one, 0 where unknown, (tokens,) int32;
+            ``None`` from a tokenizer without ``days``.
     """
 
     input_ids: np.ndarray
@@ -52,6 +54,7 @@ class EncodedColumn(NamedTuple):
     serial_ids: np.ndarray
     offsets: np.ndarray
     age_ids: np.ndarray | None = None
+    day_ids: np.ndarray | None = None
 
 
 class EhrCodeTokenizer(PreTrainedTokenizerFast):
@@ -66,7 +69,7 @@ class EhrCodeTokenizer(PreTrainedTokenizerFast):
 
     BEHRT's input (Li et al. 2020) is two options kept with the vocabulary. ``visit_separators`` puts ``[CLS]`` before
     the first visit and ``[SEP]`` behind each; both belong to their visit and count towards ``max_length``, ``[CLS]``
-    always stays. ``ages`` adds ``age_ids``.
+    always stays. ``ages`` adds ``age_ids``. For models that read intervals (HiTANet), ``days`` adds ``day_ids``.
 
     Build one with :meth:`from_codes` or :func:`hf_ehr.vocabulary.fit_tokenizer`.
 
@@ -92,7 +95,8 @@ class EhrCodeTokenizer(PreTrainedTokenizerFast):
                 call, which cannot drop, raises). The default keeps the two apart: ``[PAD]`` 0, ``[UNK]`` 1, ``[CLS]``
                 2, ``[SEP]`` 3, ``[MASK]`` 4, codes from 5.
             **state: JSON-able facts kept in ``init_kwargs`` and ``tokenizer_config.json``; ``kinds`` names the code
-                lists of a RECORD that :meth:`encode_patient` reads, ``visit_separators`` and ``ages`` are BEHRT's.
+                lists of a RECORD that :meth:`encode_patient` reads, ``visit_separators`` and ``ages`` are BEHRT's,
+                ``days`` adds ``day_ids``.
 
         Raises:
             ValueError: A code occurs twice, is empty, or holds a space or the text of a special token; or
@@ -121,6 +125,11 @@ class EhrCodeTokenizer(PreTrainedTokenizerFast):
     def ages(self) -> bool:
         """Whether histories have ``age_ids``."""
         return bool(self.init_kwargs.get("ages", False))
+
+    @property
+    def days(self) -> bool:
+        """Whether histories have ``day_ids``."""
+        return bool(self.init_kwargs.get("days", False))
 
     def codes_to_ids(self, codes: Any) -> np.ndarray:
         """Ids of ``codes`` with back-off, in bulk.
@@ -156,14 +165,14 @@ class EhrCodeTokenizer(PreTrainedTokenizerFast):
         """One history as equal-length lists.
 
         Args:
-            visits: Lists of codes, oldest visit first, or a RECORD (a mapping with ``visits``). Ages come from the
-                ``birth_time`` of a RECORD and the ``start`` of its visits; without them they are unknown.
+            visits: Lists of codes, oldest visit first, or a RECORD (a mapping with ``visits``). Ages and days come
+                from the ``birth_time`` of a RECORD and the ``start`` of its visits; without them they are unknown.
             max_length: Most codes to keep.
             truncation: ``False`` keeps all codes (but never more than 999 visits).
 
         Returns:
-            ``input_ids``, ``visit_ids``, ``serial_ids``, ``attention_mask``, each (codes,), and with ``ages``
-            ``age_ids``.
+            ``input_ids``, ``visit_ids``, ``serial_ids``, ``attention_mask``, each (codes,), with ``ages`` also
+            ``age_ids`` and with ``days`` ``day_ids``.
         """
         encoded = self.encode_patients([visits], max_length=max_length, truncation=truncation)
         return {name: rows[0] for name, rows in encoded.items()}
@@ -175,7 +184,7 @@ class EhrCodeTokenizer(PreTrainedTokenizerFast):
         patients = list(patients)
         histories = [self._visits(patient) for patient in patients]
         visits = [visit for history in histories for visit in history]
-        births, starts = _times(patients) if self.ages else (None, None)
+        births, starts = _times(patients) if self.ages or self.days else (None, None)
         column = self.encode_column(
             [code for visit in visits for code in visit],
             [len(visit) for visit in visits],
@@ -210,7 +219,7 @@ class EhrCodeTokenizer(PreTrainedTokenizerFast):
             patient_lengths: Visits of each patient, oldest visit first, (patients,).
             max_length: Most codes to keep of a patient; ``None`` keeps all.
             birth_times: For ``ages``, (patients,) datetime64, NaT where unknown.
-            visit_starts: For ``ages``, (visits,) datetime64, NaT where unknown.
+            visit_starts: For ``ages`` and ``days``, (visits,) datetime64, NaT where unknown.
 
         Raises:
             ValueError: The lengths do not add up, or ``max_length`` is below 1 (3 with separators).
@@ -242,6 +251,7 @@ class EhrCodeTokenizer(PreTrainedTokenizerFast):
             ranks(counts).astype(np.int32),
             np.append(0, total_before(counts)[ends]),
             np.repeat(age_ids(birth_times, visit_starts, patient_lengths), counts) if self.ages else None,
+            np.repeat(day_ids(visit_starts, patient_lengths, counts), counts) if self.days else None,
         )
 
     def _separated(self, ids: np.ndarray, kept: np.ndarray, counts: np.ndarray, opens: np.ndarray) -> np.ndarray:
