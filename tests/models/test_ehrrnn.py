@@ -1,4 +1,4 @@
-"""The recurrent baselines: the common suite, and what is their own (papers.md §1.5, acceptance rows 13 and 14)."""
+"""The sequence baselines: the common suite, and what is their own (papers.md §1.5, §4.5, rows 13, 14, 88, 96-100)."""
 
 import numpy as np
 import pytest
@@ -9,26 +9,39 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 from hf_ehr import EhrCodeTokenizer, EhrRnnConfig, EhrRnnForSequenceClassification, EhrRnnModel
 from hf_ehr.collators import PackedCollator, PaddedCollator
 from hf_ehr.metrics import auroc
-from hf_ehr.models.modeling_heads import Steps
+from hf_ehr.models.modeling_steps import Steps
 from tests.models.common import FamilySuite, Head, pack, padded_batch
 
 LABELS = torch.tensor([0, 1, 0])
-KINDS = [(head, level) for head in ("gru", "bigru", "retain") for level in ("token", "visit")]
+KINDS = [
+    *((head, level) for head in ("gru", "bigru", "retain") for level in ("token", "visit")),
+    *((head, "visit") for head in ("lstm", "dipole", "adacare", "hitanet")),
+    ("hitanet", "token"),
+]
 
 
-def classifier(head: str, level: str) -> Head:
+def classifier(head: str, level: str, name: str = "", **fields) -> Head:
     return Head(
         EhrRnnForSequenceClassification, AutoModelForSequenceClassification, "logits", False,
         lambda batch: {"labels": LABELS},
         lambda out, batch: -out.logits.log_softmax(-1)[torch.arange(3), LABELS].mean(),
-        overrides={"head": head, "level": level}, name=f"{head}-{level}",
+        overrides={"head": head, "level": level} | fields, name=name or f"{head}-{level}",
     )  # fmt: skip
+
+
+def timed_batch(vocab_size: int = 50, **kwargs) -> dict:
+    """Patients with the days of their visits, which all but one of the heads leave unread."""
+    batch = padded_batch(vocab_size, **kwargs)
+    return batch | {"day_ids": (batch["visit_ids"] * 200 - 199) * batch["attention_mask"]}
 
 
 class TestEhrRnn(FamilySuite):
     heads = [  # noqa: RUF012
         Head(EhrRnnModel, AutoModel, "pooler_output", per_code=False),
         *(classifier(head, level) for head, level in KINDS),
+        classifier(
+            "dipole", "visit", "dipole-mlp", visit_encoder="mlp", dipole_attention="concat", dipole_bidirectional=False
+        ),
     ]
     fixture = "ehrrnn"
     lora_targets = ["code_embeddings"]  # noqa: RUF012
@@ -38,6 +51,9 @@ class TestEhrRnn(FamilySuite):
     def config(self, **overrides):
         sizes = {"embedding_size": 16, "hidden_size": 12, "max_visits": 20}
         return EhrRnnConfig.tiny(**({"vocab_size": self.vocab_size} | sizes | overrides))
+
+    def padded(self, **kwargs) -> dict:
+        return timed_batch(self.vocab_size, **kwargs)
 
 
 def model_of(head: str, level: str, **overrides) -> EhrRnnForSequenceClassification:
@@ -100,10 +116,41 @@ def test_dropout_falls_on_the_steps_in_training_only(level):
 
 @pytest.mark.parametrize(("head", "level"), KINDS)
 def test_embeddings_can_stand_in_for_codes(head, level):
-    model, batch = model_of(head, level), padded_batch(50)
+    model, batch = model_of(head, level), timed_batch()
     embedded = model.get_input_embeddings()(batch["input_ids"])
-    rest = {name: batch[name] for name in ("attention_mask", "visit_ids")}
+    rest = {name: batch[name] for name in ("attention_mask", "visit_ids", "day_ids")}
     torch.testing.assert_close(model(inputs_embeds=embedded, **rest).logits, model(**batch).logits)
+
+
+# The MLP of visits (row 88)
+
+
+def test_the_mlp_of_visits_is_a_linear_layer_over_rows_of_zero_and_one_and_what_follows_it():
+    """MedHMP's code encoder Linear(V, d)·LN·ReLU·Linear(d, d)·LN·ReLU takes its weights over tensor by tensor."""
+    torch.manual_seed(3)
+    first, second = torch.nn.Linear(50, 16), torch.nn.Linear(16, 16)
+    norms = [torch.nn.LayerNorm(16), torch.nn.LayerNorm(16)]
+    for norm in norms:
+        torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+    model = model_of("lstm", "visit", visit_encoder="mlp").model
+    mine = model.embeddings.visit_encoder
+    with torch.no_grad():
+        model.embeddings.code_embeddings.weight.copy_(first.weight.T)
+        mine.bias.copy_(first.bias)
+        for target, source in ((mine.norm, norms[0]), (mine.dense, second), (mine.dense_norm, norms[1])):
+            target.load_state_dict(source.state_dict())
+    batch = timed_batch()
+    batch["input_ids"][0] = torch.arange(5, 15)  # no code twice in a visit, as the tokenizer sees to
+    visits = torch.zeros(int(batch["visit_ids"][0].max()), 50)
+    visits[batch["visit_ids"][0] - 1, batch["input_ids"][0]] = 1
+    expected = norms[1](second(norms[0](first(visits)).relu())).relu()
+    steps = steps_of(model, batch)
+    torch.testing.assert_close(steps.states[: len(visits)], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_an_mlp_of_codes_is_refused_at_the_level_of_codes():
+    with pytest.raises(Exception, match="`visit_encoder` must be 'sum' at level 'token'"):
+        EhrRnnConfig(visit_encoder="mlp")
 
 
 # RETAIN alone
@@ -141,6 +188,29 @@ def test_the_shapes_of_alpha_beta_and_contributions():
             assert outputs.contributions.shape == (3, steps, 4)
 
 
+def test_a_visit_has_the_day_of_its_codes_and_hitanet_hears_of_it():
+    model, batch = model_of("hitanet", "visit"), timed_batch()
+    days = steps_of(model.model, batch).day_ids
+    for inputs in (batch, pack(batch)):
+        steps = steps_of(model.model, inputs)
+        assert torch.equal(steps.day_ids, days)
+    patient = steps.packed.segment_ids == 0
+    assert days[patient].tolist() == [200 * n - 199 for n in batch["visit_ids"][0].unique().tolist()]
+    later = batch | {"day_ids": torch.where(batch["visit_ids"] > 1, batch["day_ids"] + 300, batch["day_ids"])}
+    changed = (model(**later).logits - model(**batch).logits).abs().amax(dim=1) > 1e-6
+    assert changed.tolist() == [len(row.unique()) > 1 + int(0 in row) for row in batch["visit_ids"]]
+
+
+@pytest.mark.parametrize("level", ["token", "visit"])
+def test_no_state_of_hitanet_knows_a_later_visit(level):
+    model, visits = model_of("hitanet", level).model, torch.tensor([[1, 2, 3, 4]])
+    days = torch.tensor([[1, 50, 90, 400]])
+    plain = model(torch.tensor([[5, 6, 7, 8]]), visit_ids=visits, day_ids=days).last_hidden_state[0]
+    other = model(torch.tensor([[5, 6, 7, 20]]), visit_ids=visits, day_ids=days).last_hidden_state[0]
+    torch.testing.assert_close(other[:3], plain[:3], atol=1e-6, rtol=0)
+    assert (other[3] - plain[3]).abs().max() > 1e-3
+
+
 def test_the_base_model_returns_what_each_step_adds_to_the_patients_vector():
     model, batch = model_of("retain", "token").model, padded_batch(50)
     for inputs in (batch, pack(batch)):
@@ -173,16 +243,18 @@ def test_it_learns_an_order_of_codes_that_a_bag_of_codes_cannot_hold(head, level
     train, labels = before_or_after(1000, seed=1)
     test, truth = before_or_after(500, seed=2)
     visits = torch.arange(1, 9)[None]
+    days = 30 * visits - 29
     torch.manual_seed(0)
     model = EhrRnnForSequenceClassification(EhrRnnConfig.tiny(vocab_size=30, head=head, level=level))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(60):
         rows = slice(step % 5 * 200, step % 5 * 200 + 200)
-        model(train[rows], visit_ids=visits.expand(200, -1), labels=labels[rows]).loss.backward()
+        times = {"visit_ids": visits.expand(200, -1), "day_ids": days.expand(200, -1)}
+        model(train[rows], **times, labels=labels[rows]).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     with torch.no_grad():
-        scores = model.eval()(test, visit_ids=visits.expand(500, -1)).logits
+        scores = model.eval()(test, visit_ids=visits.expand(500, -1), day_ids=days.expand(500, -1)).logits
     assert auroc(truth.numpy(), (scores[:, 1] - scores[:, 0]).numpy()) > 0.9
     bag = LogisticRegression(max_iter=1000).fit(bag_of_codes(train), labels)
     assert abs(auroc(truth.numpy(), bag.predict_proba(bag_of_codes(test))[:, 1]) - 0.5) < 0.1
@@ -256,7 +328,13 @@ def test_bad_input_is_refused_with_the_next_step(call, message):
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [({"vocab_size": 3, "pad_token_id": 3}, "pad_token_id"), ({"head": "ffn"}, "head"), ({"level": "day"}, "level")],
+    [
+        ({"vocab_size": 3, "pad_token_id": 3}, "pad_token_id"),
+        ({"head": "ffn"}, "head"),
+        ({"level": "day"}, "level"),
+        ({"head": "hitanet", "hidden_size": 30}, "`hidden_size` must be a multiple of 4"),
+        ({"head": "dipole", "dipole_attention": "dot"}, "dipole_attention"),
+    ],
 )
 def test_a_config_that_exists_is_valid(fields, message):
     with pytest.raises(Exception, match=message):

@@ -65,7 +65,7 @@ HEADS = [
 ]  # fmt: skip
 
 
-SEQUENCE_HEADS = ("gru", "bigru", "retain")
+SEQUENCE_HEADS = ("gru", "bigru", "retain", "lstm", "dipole", "adacare", "hitanet")
 
 
 class TestMedBert(FamilySuite):
@@ -107,6 +107,10 @@ class TestMedBertHeads(TestMedBert):
         *(replace(HEADS[-1], name=name, overrides={"head": name, "head_hidden_size": 12}) for name in SEQUENCE_HEADS),
     ]
     test_it_loads_without_the_package = None  # the files are the same
+
+    def padded(self, **kwargs) -> dict:
+        batch = super().padded(**kwargs)
+        return batch | {"day_ids": (batch["visit_ids"] * 200 - 199) * batch["attention_mask"]}
 
 
 def parameters(module) -> int:
