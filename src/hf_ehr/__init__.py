@@ -15,7 +15,9 @@ from transformers import (
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .models.configuration_ehrbert import EhrBertConfig
+from .models.configuration_ehrfusion import EhrFusionConfig
 from .models.configuration_ehrrnn import EhrRnnConfig
+from .models.configuration_ehrseries import EhrSeriesConfig
 from .models.configuration_ehrtext import EhrTextConfig
 from .models.configuration_medbert import MedBertConfig
 from .models.modeling_ehrbert import (
@@ -26,7 +28,9 @@ from .models.modeling_ehrbert import (
     EhrBertModel,
 )
 from .models.modeling_ehrbert_embeddings import extend_position_embeddings
+from .models.modeling_ehrfusion import EhrFusionForSequenceClassification, EhrFusionModel
 from .models.modeling_ehrrnn import EhrRnnForSequenceClassification, EhrRnnModel
+from .models.modeling_ehrseries import EhrSeriesForSequenceClassification, EhrSeriesModel
 from .models.modeling_ehrtext import EhrTextForICDCoding, EhrTextModel
 from .models.modeling_medbert import (
     MedBertForMaskedLM,
@@ -64,6 +68,14 @@ AutoConfig.register("ehr_text", EhrTextConfig, exist_ok=True)
 AutoModel.register(EhrTextConfig, EhrTextModel, exist_ok=True)
 AutoModelForSequenceClassification.register(EhrTextConfig, EhrTextForICDCoding, exist_ok=True)
 
+AutoConfig.register("ehr_series", EhrSeriesConfig, exist_ok=True)
+AutoModel.register(EhrSeriesConfig, EhrSeriesModel, exist_ok=True)
+AutoModelForSequenceClassification.register(EhrSeriesConfig, EhrSeriesForSequenceClassification, exist_ok=True)
+
+AutoConfig.register("ehr_fusion", EhrFusionConfig, exist_ok=True)
+AutoModel.register(EhrFusionConfig, EhrFusionModel, exist_ok=True)
+AutoModelForSequenceClassification.register(EhrFusionConfig, EhrFusionForSequenceClassification, exist_ok=True)
+
 # The library warns of a second registration, which a reload would be.
 if _ICD_CODING not in PIPELINE_REGISTRY.get_supported_tasks():
     PIPELINE_REGISTRY.register_pipeline(
@@ -78,9 +90,15 @@ __all__ = [
     "EhrBertForSequenceClassification",
     "EhrBertModel",
     "EhrCodeTokenizer",
+    "EhrFusionConfig",
+    "EhrFusionForSequenceClassification",
+    "EhrFusionModel",
     "EhrRnnConfig",
     "EhrRnnForSequenceClassification",
     "EhrRnnModel",
+    "EhrSeriesConfig",
+    "EhrSeriesForSequenceClassification",
+    "EhrSeriesModel",
     "EhrTextConfig",
     "EhrTextForICDCoding",
     "EhrTextModel",
