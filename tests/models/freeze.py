@@ -8,7 +8,9 @@ import json
 from tests.models.common import FIXTURES
 from tests.models.test_behrt import TestBehrt
 from tests.models.test_ehrbert import TestEhrBert
+from tests.models.test_ehrfusion import TestEhrFusion, TestEhrFusionText
 from tests.models.test_ehrrnn import TestEhrRnn
+from tests.models.test_ehrseries import TestEhrSeries
 from tests.models.test_ehrtext import TestEhrText
 from tests.models.test_medbert import TestMedBert, TestMedBertHeads, TestMedBertOptions
 
@@ -20,6 +22,9 @@ FAMILIES = (
     TestBehrt(),
     TestEhrBert(),
     TestEhrText(),
+    TestEhrSeries(),
+    TestEhrFusion(),
+    TestEhrFusionText(),
 )
 
 

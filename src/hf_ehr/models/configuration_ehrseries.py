@@ -35,7 +35,7 @@ class EhrSeriesConfig(PreTrainedConfig):
         attention_probs_dropout_prob: Dropout of the attention of `transformer`.
         hidden_dropout_prob: Dropout on hidden states.
         classifier_dropout: Dropout before the classifier; `hidden_dropout_prob` when `None`.
-        layer_norm_eps: Added to the variance in layer norms of `transformer`.
+        layer_norm_eps: Added to the variance in layer norms of `transformer` and of MedHMP's encoder.
         thresholds: Decision threshold per label name, tuned on validation, stored beside `id2label`.
 
     Example:

@@ -140,13 +140,17 @@ class SeriesCnn(nn.Module):
 
 
 class HoursLstm(nn.Module):
-    """MedHMP's encoder of hours (section 3.2): LSTM, dropout, layer norm, LSTM of two layers; a state per hour."""
+    """MedHMP's encoder of hours (section 3.2): LSTM, dropout, layer norm, LSTM of two layers; a state per hour.
 
-    def __init__(self, input_size: int, hidden_size: int, dropout: float):
+    Its tensors have the names and shapes of `stay_encoder.hourly` of [`MedHMPModel`] and are taken over as they are.
+    """
+
+    def __init__(self, config):
         super().__init__()
-        self.input_lstm = nn.LSTM(input_size, hidden_size, batch_first=True)
-        self.dropout = nn.Dropout(dropout)
-        self.norm = nn.LayerNorm(hidden_size)
+        hidden_size = config.hidden_size
+        self.input_lstm = nn.LSTM(config.num_hourly_features, hidden_size, batch_first=True)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.norm = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
         self.lstm = nn.LSTM(hidden_size, hidden_size, 2, batch_first=True)
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
@@ -165,7 +169,7 @@ class UnimodalSeries(nn.Module):
         self.lstm: Any = None
         self.encoder: Any = None
         if config.medhmp_encoder:
-            self.hours = HoursLstm(config.num_hourly_features, hidden_size, config.hidden_dropout_prob)
+            self.hours = HoursLstm(config)
         elif not recurrent:
             self.projection = nn.Linear(config.num_hourly_features, hidden_size)
         if recurrent:
