@@ -20,6 +20,7 @@ from .models.configuration_ehrrnn import EhrRnnConfig
 from .models.configuration_ehrseries import EhrSeriesConfig
 from .models.configuration_ehrtext import EhrTextConfig
 from .models.configuration_medbert import MedBertConfig
+from .models.configuration_medhmp import MedHMPConfig
 from .models.modeling_ehrbert import (
     EhrBertForICDCoding,
     EhrBertForMaskedLM,
@@ -37,6 +38,14 @@ from .models.modeling_medbert import (
     MedBertForPreTraining,
     MedBertForSequenceClassification,
     MedBertModel,
+)
+from .models.modeling_medhmp import (
+    MedHMPForAdmissionClassification,
+    MedHMPForAdmissionPreTraining,
+    MedHMPForStayClassification,
+    MedHMPForStayPreTraining,
+    MedHMPModel,
+    MedHMPStayModel,
 )
 from .models.tokenization_ehr import EhrCodeTokenizer
 from .pipelines import TASK as _ICD_CODING
@@ -76,6 +85,16 @@ AutoConfig.register("ehr_fusion", EhrFusionConfig, exist_ok=True)
 AutoModel.register(EhrFusionConfig, EhrFusionModel, exist_ok=True)
 AutoModelForSequenceClassification.register(EhrFusionConfig, EhrFusionForSequenceClassification, exist_ok=True)
 
+# As above: the checkpoint's `architectures` decide between the level of stays and that of admissions.
+AutoConfig.register("ehr_medhmp", MedHMPConfig, exist_ok=True)
+AutoModel.register(MedHMPConfig, (MedHMPModel, MedHMPStayModel), exist_ok=True)
+AutoModelForPreTraining.register(
+    MedHMPConfig, (MedHMPForAdmissionPreTraining, MedHMPForStayPreTraining), exist_ok=True
+)
+AutoModelForSequenceClassification.register(
+    MedHMPConfig, (MedHMPForAdmissionClassification, MedHMPForStayClassification), exist_ok=True
+)
+
 # The library warns of a second registration, which a reload would be.
 if _ICD_CODING not in PIPELINE_REGISTRY.get_supported_tasks():
     PIPELINE_REGISTRY.register_pipeline(
@@ -108,6 +127,13 @@ __all__ = [
     "MedBertForPreTraining",
     "MedBertForSequenceClassification",
     "MedBertModel",
+    "MedHMPConfig",
+    "MedHMPForAdmissionClassification",
+    "MedHMPForAdmissionPreTraining",
+    "MedHMPForStayClassification",
+    "MedHMPForStayPreTraining",
+    "MedHMPModel",
+    "MedHMPStayModel",
     "__version__",
     "extend_position_embeddings",
 ]
