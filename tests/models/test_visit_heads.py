@@ -46,7 +46,7 @@ def test_equal_maxima_share_what_is_pooled():
 
 
 def dipole_by_hand(head: DipoleHead, visits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Section 3.3 of the paper for one patient, (n, input) → h̃, α."""
+    """The paper's formulas for one patient, (n, input) → h̃, α."""
     h = gru_by_hand(head.gru, visits)
     if head.reverse_gru is not None:
         h = torch.cat([h, gru_by_hand(head.reverse_gru, visits.flip(0)).flip(0)], dim=1)
@@ -187,6 +187,9 @@ def test_days_change_what_hitanet_says_and_only_their_distance_from_the_last_vis
     same_day = days.clone()
     same_day[1] = 7
     torch.testing.assert_close(features(unknown), features(same_day))
+    one_unknown, with_the_last = days.clone(), days.clone()
+    one_unknown[0, 3], with_the_last[0, 3] = 0, days[0, 9]
+    torch.testing.assert_close(features(one_unknown), features(with_the_last))
 
 
 def test_hitanet_without_days_says_what_it_needs():

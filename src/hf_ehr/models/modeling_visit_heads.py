@@ -33,7 +33,7 @@ class LstmHead(nn.Module):
 
 
 class DipoleHead(nn.Module):
-    """Dipole (Ma et al., KDD 2017, section 3.3): a Bi-GRU, and attention of the last state to all.
+    """Dipole (Ma et al., KDD 2017): a Bi-GRU, and attention of the last state to all.
 
         h_i = [GRU →, GRU ←] over v_1 … v_t;   α = softmax_i(score);   c = Σ_i α_i h_i;   h̃ = tanh(W_c [c; h_t])
 
