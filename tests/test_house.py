@@ -27,7 +27,20 @@ DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")
 
 FLOORS = (
     {"version", "schema"},
-    {"sources", "records", "_sorting", "_event_columns", "ontology", "vocabulary", "notes", "hourly", "tasks"},
+    {
+        "sources",
+        "records",
+        "_sorting",
+        "_event_columns",
+        "ontology",
+        "vocabulary",
+        "notes",
+        "hourly",
+        "_hourly_fitting",
+        "_hourly_stays",
+        "_hourly_summary",
+        "tasks",
+    },
     {"prepare", "datasets", "_histories", "_example_writer", "note_datasets", "_note_pairs"},
     {"samplers", "collators", "note_collators"},
     {
@@ -74,6 +87,8 @@ FLOORS = (
 TOP = FLOORS[-1]
 MODELS_SEEN_BELOW_THE_TOP = {
     "vocabulary": {"tokenization_ehr", "code_hierarchy"},  # its product is the tokenizer
+    "hourly": {"feature_extraction_hourly"},  # its product
+    "_hourly_fitting": {"feature_extraction_hourly", "hourly_grid"},
     "ontology": {"code_hierarchy"},
     "sources": {"code_hierarchy"},
     "tasks": {"code_hierarchy"},

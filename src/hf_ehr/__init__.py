@@ -6,6 +6,7 @@ the library's; nothing else happens.
 
 from transformers import (
     AutoConfig,
+    AutoFeatureExtractor,
     AutoModel,
     AutoModelForMaskedLM,
     AutoModelForPreTraining,
@@ -21,6 +22,7 @@ from .models.configuration_ehrseries import EhrSeriesConfig
 from .models.configuration_ehrtext import EhrTextConfig
 from .models.configuration_medbert import MedBertConfig
 from .models.configuration_medhmp import MedHMPConfig
+from .models.feature_extraction_hourly import HourlyFeatureExtractor
 from .models.modeling_ehrbert import (
     EhrBertForICDCoding,
     EhrBertForMaskedLM,
@@ -87,6 +89,7 @@ AutoModelForSequenceClassification.register(EhrFusionConfig, EhrFusionForSequenc
 
 # As above: the checkpoint's `architectures` decide between the level of stays and that of admissions.
 AutoConfig.register("ehr_medhmp", MedHMPConfig, exist_ok=True)
+AutoFeatureExtractor.register(MedHMPConfig, HourlyFeatureExtractor, exist_ok=True)
 AutoModel.register(MedHMPConfig, (MedHMPModel, MedHMPStayModel), exist_ok=True)
 AutoModelForPreTraining.register(
     MedHMPConfig, (MedHMPForAdmissionPreTraining, MedHMPForStayPreTraining), exist_ok=True
@@ -121,6 +124,7 @@ __all__ = [
     "EhrTextConfig",
     "EhrTextForICDCoding",
     "EhrTextModel",
+    "HourlyFeatureExtractor",
     "ICDCodingPipeline",
     "MedBertConfig",
     "MedBertForMaskedLM",
