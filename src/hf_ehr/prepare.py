@@ -53,7 +53,9 @@ STAGING = ".staging"
 OUTPUTS = ("events", "records", "truth", "labels")
 _CODE_EVENTS = {name.removesuffix("s") if name != "diagnoses" else "diagnosis" for name in CODE_KINDS}
 
-SourceName = Literal["synthetic", "mimic3", "mimic4", "omop", "meds", "table"]
+SourceName = Literal[
+    "synthetic", "mimic3", "mimic4", "omop", "meds", "table", "eicu", "physionet2012", "physionet2019"
+]
 
 
 def prepare(
@@ -164,6 +166,18 @@ def source_function(name: str) -> Callable[..., Source]:
         from hf_ehr.sources.table import table
 
         return table
+    if name == "eicu":
+        from hf_ehr.sources.eicu import eicu
+
+        return eicu
+    if name == "physionet2012":
+        from hf_ehr.sources.physionet2012 import physionet2012
+
+        return physionet2012
+    if name == "physionet2019":
+        from hf_ehr.sources.physionet2019 import physionet2019
+
+        return physionet2019
     raise ValueError(f"`source` must be one of {', '.join(get_args(SourceName))}, got {name!r}.")
 
 

@@ -46,7 +46,9 @@ class PrepareArguments:
     engine: str = field(default="duckdb", metadata={"help": "`duckdb` in process, or `spark` (extra `spark`)."})
     shards: int | None = field(default=None, metadata={"help": "Number of shards; by input size when left out."})
     workers: int | None = field(default=None, metadata={"help": "Processes; one per core when left out."})
-    options: str = field(default="{}", metadata={"help": "The source's own options as JSON."})
+    options: str = field(
+        default="{}", metadata={"help": 'The source\'s own options as JSON, e.g. {"part": "a"} of physionet2012.'}
+    )
 
 
 @dataclass
