@@ -71,6 +71,7 @@ FLOORS = (
         "evidence_report",
         "pipelines",
         "training",
+        "gradient_caching",
         "label_embeddings",
         "evaluation",
         "coding_report",

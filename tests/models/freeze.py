@@ -13,6 +13,7 @@ from tests.models.test_ehrrnn import TestEhrRnn
 from tests.models.test_ehrseries import TestEhrSeries
 from tests.models.test_ehrtext import TestEhrText
 from tests.models.test_medbert import TestMedBert, TestMedBertHeads, TestMedBertOptions
+from tests.models.test_medhmp import TestMedHMP
 
 FAMILIES = (
     TestMedBert(),
@@ -25,6 +26,7 @@ FAMILIES = (
     TestEhrSeries(),
     TestEhrFusion(),
     TestEhrFusionText(),
+    TestMedHMP(),
 )
 
 

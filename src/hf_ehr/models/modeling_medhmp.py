@@ -257,7 +257,7 @@ class MedHMPForAdmissionPreTraining(MedHMPPreTrainedModel):
         Raises:
             ValueError: A mask is missing, or not of the shape of its ids.
         """
-        config, sums, rows = self.config, [], []
+        config, sums = self.config, []
         pads = (config.diagnosis_pad_token_id, config.medication_pad_token_id)
         ids = (encoded.diagnosis_ids, encoded.medication_ids)
         masks = checked_masks(ids, (diagnosis_mask, medication_mask), pads)
@@ -268,10 +268,15 @@ class MedHMPForAdmissionPreTraining(MedHMPPreTrainedModel):
                 *(scores, codes, pad, config.masked_code_loss),
                 *(config.masked_code_reduction, config.masked_code_pos_weight),
             )
-            known = (kind != pad).any(dim=1)
-            sums.append((losses * known).sum())
-            rows.append(known.sum())
-        return MaskedCodeParts(torch.stack(sums), torch.stack(rows), logits)
+            sums.append((losses * (kind != pad).any(dim=1)).sum())
+        return MaskedCodeParts(torch.stack(sums), self.admissions_with_codes(*ids), logits)
+
+    def admissions_with_codes(self, diagnosis_ids=None, medication_ids=None, **inputs) -> torch.Tensor:
+        """(2,) int: the admissions of a batch that have a diagnosis, and a medication: those that the loss is over."""
+        pads = (self.config.diagnosis_pad_token_id, self.config.medication_pad_token_id)
+        none = torch.zeros((), dtype=torch.long, device=self.device)
+        given = zip((diagnosis_ids, medication_ids), pads, strict=True)
+        return torch.stack([none if ids is None else (ids != pad).any(dim=1).sum() for ids, pad in given])
 
     def masked_code_loss(self, sums: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Parts of a batch, or of all its chunks, → the loss before its weight: means over admissions, both kinds."""

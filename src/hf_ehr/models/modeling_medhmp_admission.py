@@ -104,11 +104,12 @@ class NoteProjection(nn.Module):
                 "`note_input_ids` need a text encoder, and the model has none (`note_config=None`). Give "
                 "`note_vectors`, or take an encoder with `with_note_encoder`."
             )
+        tokens = attention_mask.bool()
+        seen = tokens | ~tokens.any(dim=1, keepdim=True)  # attention over nothing would be NaN
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        weights = attention_mask.to(states.dtype)[..., None]
-        # A row without tokens may hold anything; where, and not a product, keeps even NaN out.
-        return torch.where(weights > 0, states, 0).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+            states = self.encoder(input_ids=input_ids, attention_mask=seen.long()).last_hidden_state
+        weights = tokens[..., None].to(states.dtype)
+        return (states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
 
     def forward(self, vectors: torch.Tensor) -> torch.Tensor:
         """(notes, note_size) → (notes, hidden)."""

@@ -1,0 +1,144 @@
+"""MedHMP checkpoints carried over: to the next stage of pre-training, to other features, to a text encoder."""
+
+import copy
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
+
+from .configuration_medhmp import MedHMPConfig
+from .modeling_medhmp import MedHMPModel, MedHMPStayModel
+from .modeling_medhmp_admission import without_pooler
+
+_FEATURE_WEIGHTS = (
+    "stay_encoder.hourly.input_lstm.weight_ih_l0",
+    "stay_encoder.demographics.0.weight",
+    "decoder.output.weight",
+    "decoder.output.bias",
+)
+"""Tensors that have one row or column for each feature."""
+
+
+class FeatureTransfer(NamedTuple):
+    """What became of the tensors of a model that was moved to other features."""
+
+    kept: list[str]
+    fresh: list[str]
+
+
+def load_stage(model: PreTrainedModel, folder: str | Path) -> list[str]:
+    """Fills the encoders of a model with those of a checkpoint of an earlier stage, every tensor of them.
+
+    `from_pretrained` on such a folder does the same for a model that is made anew.
+
+    Args:
+        model: Any MedHMP model; changed in place.
+        folder: Where any MedHMP model was saved: of the level of stays, or of admissions, which fills both encoders.
+
+    Returns:
+        Names of the tensors that were filled.
+
+    Raises:
+        ValueError: The checkpoint lacks a tensor, or one has another shape than in the model. Nothing is changed.
+    """
+    stays_only = "Stay" in (MedHMPConfig.from_pretrained(folder).architectures or ["MedHMPModel"])[0]
+    kind: Any = MedHMPStayModel if stays_only else MedHMPModel
+    source, info = kind.from_pretrained(folder, output_loading_info=True)
+    if info["missing_keys"]:
+        raise ValueError(
+            f"The checkpoint must hold every tensor of its encoders, it lacks {sorted(info['missing_keys'])}. Load a "
+            "folder that a MedHMP model was saved to."
+        )
+    found, targets = source.state_dict(), dict(model.base_model.state_dict())
+    parts = ("stay_encoder.",) if stays_only else ("stay_encoder.", "admission_encoder.")
+    names = [name for name in targets if name.startswith(parts)]
+    unlike = [name for name in names if name not in found or found[name].shape != targets[name].shape]
+    if unlike:
+        raise ValueError(
+            f"The encoders of the checkpoint must be of the model's shape, these are not: {unlike}. Make the model "
+            "with the configuration of the checkpoint; `with_new_features` moves it to other features."
+        )
+    with torch.no_grad():
+        for name in names:
+            targets[name].copy_(found[name])
+    return names
+
+
+def with_new_features(
+    model: Any, num_hourly_features: int, num_demographics: int, seed: int = 0
+) -> tuple[Any, FeatureTransfer]:
+    """A copy of a model that reads other features, e.g. those of another hospital (Table 11).
+
+    The layers that have a weight for each feature start anew, also where the numbers are the same: another feature set
+    has other columns. All else is kept.
+
+    Args:
+        model: Any MedHMP model; not changed.
+        num_hourly_features: Features of an hour.
+        num_demographics: Features of a patient.
+        seed: Of the fresh weights.
+
+    Returns:
+        The copy, and which of its tensors are kept and which fresh.
+    """
+    config = copy.deepcopy(model.config)
+    config.num_hourly_features, config.num_demographics = num_hourly_features, num_demographics
+    names = _FEATURE_WEIGHTS + (("decoder.lstm.",) if config.decoder == "first_input" else ())
+    fresh = [name for name in model.state_dict() if name.removeprefix("medhmp.").startswith(names)]
+    moved = _copied(model, config, fresh, seed)
+    return moved, FeatureTransfer([name for name in moved.state_dict() if name not in fresh], fresh)
+
+
+def with_note_encoder(model: Any, encoder: str | Path | PreTrainedModel, seed: int = 0) -> Any:
+    """A copy of a model whose notes go through a text encoder (BERT, ModernBERT, ClinicalT5, …).
+
+    Args:
+        model: A MedHMP model of the level of admissions; not changed.
+        encoder: Name or folder of a checkpoint, opened in fp32, or a model, whose encoder becomes part of the copy
+            (without its pooler).
+        seed: Of the layer after it, which starts anew if the encoder's width is not `note_size`.
+
+    Raises:
+        ValueError: The model is not of that level, or `encoder` has a decoder too.
+    """
+    if not hasattr(model.base_model, "admission_encoder"):
+        raise ValueError(f"`model` must be of the level of admissions, got {type(model).__name__}. It reads notes.")
+    base = _opened(encoder)
+    config = copy.deepcopy(model.config)
+    config.note_config, config.note_size = base.config, base.config.hidden_size
+    old = model.base_model.admission_encoder.note
+    same = old is not None and old.projection.in_features == config.note_size
+    parts = ("encoder.",) if same else ("encoder.", "projection.", "norm.")
+    names = tuple(f"admission_encoder.note.{part}" for part in parts)
+    fresh = [name for name in model.state_dict() if name.removeprefix("medhmp.").startswith(names)]
+    moved = _copied(model, config, fresh, seed)
+    note = moved.base_model.admission_encoder.note
+    if type(base) is not type(note.encoder):
+        raise ValueError(
+            f"`encoder` must be a text encoder alone, {type(note.encoder).__name__}, got {type(base).__name__}. Open "
+            "it with `AutoModelForTextEncoding`, or give its folder."
+        )
+    note.encoder = without_pooler(base).train(note.training and not note.frozen)
+    moved.tie_weights()
+    return moved
+
+
+def _copied(model: Any, config: MedHMPConfig, fresh: list[str], seed: int) -> Any:
+    """A model of the same class with this configuration and all weights but `fresh`."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        moved = type(model)(config)
+    kept = {name: weight for name, weight in model.state_dict().items() if name not in fresh}
+    moved.load_state_dict(kept, strict=False)
+    return moved.to(model.device, model.dtype).train(model.training)
+
+
+def _opened(encoder: str | Path | PreTrainedModel) -> Any:
+    """The text encoder of a model or of a checkpoint."""
+    if isinstance(encoder, PreTrainedModel):
+        return encoder.base_model
+    known = type(AutoConfig.from_pretrained(encoder)) in MODEL_FOR_TEXT_ENCODING_MAPPING
+    family = AutoModelForTextEncoding if known else AutoModel
+    return family.from_pretrained(encoder, dtype=torch.float32)
