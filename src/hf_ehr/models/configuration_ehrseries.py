@@ -14,7 +14,7 @@ class EhrSeriesConfig(PreTrainedConfig):
         num_hourly_features: Features of an hour; 1,318 is the paper's.
         num_demographics: Features of a stay that do not change; 73 is the paper's. 0 where there are none.
         architecture: `lstm` and `cnn` are F-LSTM and F-CNN (Tang et al., JAMIA 2020): demographics stand beside every
-            hour. `raim` (Xu et al., KDD 2018) and `dcmn` (Feng et al., BIBM 2019) add them to the vector of the stay.
+            hour. `raim` (Xu et al., KDD 2018) and `dcmn` (Feng et al., ICDM 2019) add them to the vector of the stay.
             `unimodal_lstm` and `transformer` (MedHMP, Figure 4) read the hours alone, and take the greatest value of
             each feature over the stay.
         hidden_size: Width of the states; not read by `cnn`.

@@ -147,7 +147,7 @@ class MemoryChannel(nn.Module):
 
 
 class Dcmn(nn.Module):
-    """DCMN (Feng et al., BIBM 2019): two memories, each read by the query of the other channel.
+    """DCMN (Feng et al., ICDM 2019): two memories, each read by the query of the other channel.
 
     The filter goes over the features of an hour, and zeros follow the last one where filters do not end there; the
     authors' code leaves these features out.
