@@ -90,14 +90,18 @@ def choose_fields(
     if unmeasured:
         raise ValueError(f"`static` must name measured variables, got {', '.join(sorted(unmeasured))}.")
     enough = _enough(fit, summary, fit.state["min_prevalence"], above=False)
-    with_numbers = {"age", *summary.variables.filter(pl.col("numbers") > 0)["name"]} - set(fit.as_text)
+    measured = set(summary.variables.filter(pl.col("numbers") > 0)["name"])
     fields = []
-    for names, counted in ((demographics, summary.fields), (static, summary.categories)):
+    for is_static, names, numeric, counted in (
+        (False, demographics, {"age"}, summary.fields),
+        (True, static, measured, summary.categories),
+    ):
         categories = _categories(counted, enough)
         for name in names:
-            own = None if name in with_numbers else categories.get(name, [])
-            fields.append(_source(fit, name) | {"static": names is static, "categories": own, "edges": []})
-    return [field | {"scale": None} for field in fields]
+            own = None if name in numeric else categories.get(name, [])
+            kind = {"static": is_static, "categories": own, "edges": [], "scale": None}
+            fields.append(_source(fit, name) | kind)
+    return fields
 
 
 def _source(fit: Fit, name: str) -> dict[str, Any]:
@@ -191,9 +195,13 @@ def bin_edges(numbers: np.ndarray, counts: np.ndarray, num_bins: int) -> list[fl
     if len(numbers) < 2:
         return []
     shares = np.arange(1, num_bins) / num_bins
-    edges = {float(f"{edge:.{DIGITS}g}") for edge in quantiles(numbers, counts, shares)}
-    inner = sorted(edge for edge in edges if numbers[0] <= np.float32(edge) < numbers[-1])
-    return inner or [float(numbers[-2])]
+    edges = {_readable(edge) for edge in quantiles(numbers, counts, shares)}
+    inner = sorted(edge for edge in edges if edge < _readable(numbers[-1]))
+    return inner or [_readable(numbers[-2])]
+
+
+def _readable(number: float) -> float:
+    return float(f"{number:.{DIGITS}g}")
 
 
 def _scale(numbers: np.ndarray, counts: np.ndarray) -> list[float]:

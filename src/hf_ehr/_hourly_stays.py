@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -15,9 +15,7 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from .schema import STATIC_FIELDS, EhrDataError, shard_paths
-
-Records: TypeAlias = pa.Table | str | Path | Iterable[str | Path]
-"""RECORDS in memory, a prepared folder, or the paths of Parquet shards."""
+from .vocabulary import Records
 
 Windows: TypeAlias = pa.Table | pl.DataFrame
 """``stay_id`` and, each optional, ``start_hour`` (0) and ``end_hour`` (none), hours since the start of the stay."""
@@ -115,14 +113,17 @@ def _cut(table: pa.Table, windows: pl.DataFrame | None, n_hours: int) -> StayWin
         stays = windows.join(stays, on="stay_id", how="inner", maintain_order="left")
     stays = stays.with_columns(end_hour=pl.min_horizontal("end_hour", pl.col("start_hour") + n_hours))
     window, rows = _gather(measured, stays["stay"].to_numpy())
-    inner = pc.list_flatten(measured).take(pa.array(rows))
-    hour = pc.fill_null(pc.struct_field(inner, "hour").cast(pa.float64()), np.nan).to_numpy()
-    start, end, duration = (stays[name].to_numpy() for name in ("start_hour", "end_hour", "duration"))
-    limit = np.minimum(end, np.nextafter(duration, np.inf))  # what is measured when the stay ends belongs to it
+    inner = pc.list_flatten(measured)
+    hour = pc.fill_null(pc.struct_field(inner, "hour"), np.nan).to_numpy()[rows]
+    # Hours of records are float32: so is what they are compared with.
+    start, end, duration = (
+        stays[name].to_numpy().astype(np.float32) for name in ("start_hour", "end_hour", "duration")
+    )
+    limit = np.minimum(end, np.nextafter(duration, np.float32(np.inf)))  # what is measured at the end belongs to it
     inside = (hour >= start[window]) & (hour < limit[window])
     broken = ~(hour >= 0)
     kept = np.flatnonzero(inside | broken)
-    since = np.where(broken, -1.0, hour - start[window])
+    since = np.where(broken, -1.0, hour.astype(np.float64) - start[window])
     columns = ("subject_id", "visit_id", "stay_id", "start_hour", "end_hour")
     return StayWindows(
         table=stays.select(columns).to_arrow(),
@@ -131,7 +132,7 @@ def _cut(table: pa.Table, windows: pl.DataFrame | None, n_hours: int) -> StayWin
         window=window[kept],
         hour=since[kept],
         outside=len(rows) - len(kept),
-        **_readings(inner.take(pa.array(kept))),
+        **_readings(inner.take(pa.array(rows[kept]))),
     )
 
 
@@ -142,7 +143,7 @@ def _stays(table: pa.Table) -> tuple[pl.DataFrame, pa.Array]:
     lists = pc.struct_field(inner, "stays")
     stays, visit = pc.list_flatten(lists), pc.list_parent_indices(lists)
     patient = pc.list_parent_indices(visits).take(visit)
-    frame = pl.DataFrame(
+    columns = pa.table(
         {
             "subject_id": table["subject_id"].combine_chunks().take(patient),
             "visit_id": pc.struct_field(inner, "visit_id").take(visit),
@@ -153,7 +154,7 @@ def _stays(table: pa.Table) -> tuple[pl.DataFrame, pa.Array]:
             "birth": table["birth_time"].combine_chunks().cast(pa.int64()).take(patient),
         }
     )
-    frame = frame.with_columns(
+    frame = pl.DataFrame(columns).with_columns(
         duration=((pl.col("finish") - pl.col("begin")) / _HOUR).fill_null(np.inf),
         age=((pl.col("begin") - pl.col("birth")) / _HOUR).fill_null(np.nan),
         stay=pl.int_range(pl.len()),
@@ -179,7 +180,7 @@ def _hours(window: np.ndarray, since: np.ndarray, length: np.ndarray) -> np.ndar
 
 def _fields(table: pa.Table, stays: pl.DataFrame) -> dict[str, np.ndarray]:
     """Age in years at the start of the window, and the static fields."""
-    patient = pa.array(stays["patient"])
+    patient = pa.array(stays["patient"].to_numpy())
     fields = {"age": ((stays["age"] + stays["start_hour"]) / _YEAR).to_numpy()}
     for name in STATIC_FIELDS.values():
         fields[name] = table[name].take(patient).to_numpy()

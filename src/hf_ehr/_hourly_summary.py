@@ -102,19 +102,23 @@ def _count(
     counts |= {"stays": pl.col("window").filter(valid).n_unique(), "number_stays": _distinct_of("window", is_number)}
     counts |= {"patients": _distinct_of("subject", valid), "number_patients": _distinct_of("subject", is_number)}
     by_text = rows.filter(pl.col("kind") == _TEXT).group_by("variable", "text").agg(*_WHOSE)
-    by_value = rows.filter(is_number).group_by("variable", "value").agg(pl.len().alias("count"))
-    name = pl.col("variable").replace_strict(range(len(names)), names, return_dtype=pl.String).alias("name")
-    text = pl.col("text").replace_strict(range(len(texts)), texts, return_dtype=pl.String)
+    by_value = rows.filter(is_number).group_by("variable", "value").agg(pl.len().cast(pl.Int64).alias("count"))
     by_variable = rows.group_by("variable").agg(*(count.cast(pl.Int64).alias(key) for key, count in counts.items()))
     return {
         "stays": int(np.count_nonzero(shard.stay_hours)),
         "hours": int(shard.stay_hours.sum()),
-        "variables": by_variable.select(name, *counts),
-        "values": by_value.select(name, "value", pl.col("count").cast(pl.Int64)),
-        "categories": by_text.select(name, text, "stays", "patients"),
+        "variables": by_variable.select(_strings(by_variable["variable"], "name", names), *counts),
+        "values": by_value.select(_strings(by_value["variable"], "name", names), "value", "count"),
+        "categories": by_text.select(
+            _strings(by_text["variable"], "name", names), _strings(by_text["text"], "text", texts), "stays", "patients"
+        ),
         "fields": _fields(shard),
         "ignored": ignored,
     }
+
+
+def _strings(numbers: pl.Series, name: str, strings: list[str]) -> pl.Series:
+    return pl.Series(name, strings, dtype=pl.String).gather(numbers)
 
 
 def _distinct_of(column: str, rows: pl.Expr) -> pl.Expr:
@@ -151,7 +155,7 @@ def _rows(
         left &= ~broken
     subject = shard.table["subject_id"].to_numpy()[shard.window]
     columns = {"variable": variable, "kind": kind, "window": shard.window, "subject": subject}
-    frame = pl.DataFrame(columns | {"value": value, "text": text}).filter(left)
+    frame = pl.DataFrame(columns | {"value": value, "text": text}).filter(pl.Series(left))
     return frame, names, [*shard.texts, *(f"{number:g}" for number in distinct)], ignored
 
 
@@ -159,7 +163,7 @@ def _fields(shard: StayWindows) -> pl.DataFrame:
     """How often each value of each static field occurs."""
     subject = shard.table["subject_id"].to_numpy()
     parts = [
-        pl.DataFrame({"text": pl.Series(values, dtype=pl.String), "subject": subject})
+        pl.DataFrame({"text": pl.Series(values.tolist(), dtype=pl.String), "subject": subject})
         .drop_nulls("text")
         .group_by("text")
         .agg(pl.len().cast(pl.Int64).alias("stays"), pl.col("subject").n_unique().cast(pl.Int64).alias("patients"))

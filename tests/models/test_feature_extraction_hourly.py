@@ -241,7 +241,7 @@ def test_blocks_of_stays_change_nothing(extractor, monkeypatch):
         ({"form": "dense"}, "`form` must be one of binned, continuous, got 'dense'"),
         ({"n_hours": 0}, "`n_hours` must be at least 1, got 0"),
         ({"variables": [HR, HR]}, "distinct names"),
-        ({"variables": [HR], "kept": [0, 99]}, "`kept` must number features below 11, got up to 99"),
+        ({"variables": [HR], "kept": [0, 99]}, "`kept` must number features from 0 to 10, got 0 to 99"),
     ],
 )
 def test_a_state_that_makes_no_sense_is_refused(arguments, message):

@@ -191,7 +191,7 @@ class HourlyFeatureExtractor(FeatureExtractionMixin):
 
         Args:
             names: Distinct codes or names.
-            name_codes: (measurements,) index into `names`.
+            name_codes: (measurements,) index into `names`, -1 where there is none.
             values: (measurements,) numbers, NaN where there is none.
             texts: Distinct texts.
             text_codes: (measurements,) index into `texts`, -1 where there is none.
@@ -201,8 +201,8 @@ class HourlyFeatureExtractor(FeatureExtractionMixin):
             :func:`category_ids` numbers them within the variable.
         """
         index = {source["name"]: number for number, source in enumerate(self._sources)}
-        numbers = np.array([index.get(self.rename.get(name, name), -1) for name in names], np.int32)
-        variable = numbers[name_codes] if len(names) else np.empty(0, np.int32)
+        numbers = [index.get(self.rename.get(name, name), -1) for name in names]
+        variable = np.array([*numbers, -1], np.int32)[name_codes]
         category = np.full(len(variable), NO_TEXT, np.int32)
         as_text = np.array([source["as_text"] for source in self._sources] + [False], bool)[variable]
         written = np.flatnonzero((text_codes >= 0) & (variable >= 0) & (as_text | np.isnan(values)))
@@ -282,7 +282,7 @@ class HourlyFeatureExtractor(FeatureExtractionMixin):
             hour >= stay_hours[stay],
             np.isinf(value) & (category < 0),
             numeric & ((value < low) | (value > high)),
-            ~numeric & (category == UNKNOWN_CATEGORY),
+            ~numeric & (category == UNKNOWN_CATEGORY) & (variable < len(self.variables)),  # else it is `other`
             np.isfinite(value) & ~numeric & (category == NO_TEXT),
             ~numeric & (category == NO_TEXT),
         )

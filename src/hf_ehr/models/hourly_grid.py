@@ -49,11 +49,11 @@ class HourlyColumn(NamedTuple):
         entries = np.append(0, np.cumsum(self.feature_counts, dtype=np.int64))[hours]
         rows: dict[str, list[Any]] = {
             "stay_hours": self.stay_hours.tolist(),
-            "feature_ids": np.split(self.feature_ids, entries),
-            "feature_counts": np.split(self.feature_counts, hours),
+            "feature_ids": np.split(self.feature_ids, entries)[: len(self.stay_hours)],
+            "feature_counts": np.split(self.feature_counts, hours)[: len(self.stay_hours)],
         }
         if self.feature_values is not None:
-            rows["feature_values"] = np.split(self.feature_values, entries)
+            rows["feature_values"] = np.split(self.feature_values, entries)[: len(self.stay_hours)]
         return rows | {"demographics": list(self.demographics)}
 
 
@@ -98,7 +98,7 @@ class HourlyGrid(NamedTuple):
         order = np.argsort(cell, kind="stable")
         cell, value = cell[order], value[order]
         starts = np.flatnonzero(np.append(True, cell[1:] != cell[:-1])) if len(cell) else np.empty(0, np.int64)
-        ends = np.append(starts[1:], len(cell))
+        ends = np.append(starts[1:], len(cell))[: len(starts)]
         where = cell[starts]
         raw = _scatter(where, value[ends - 1], shape)
         present = np.zeros(shape, bool)
