@@ -105,6 +105,26 @@ def test_demographics_are_those_of_the_first_admission(hospital):
     assert statics == {"Insurance/Medicare", "MaritalStatus/SINGLE"}  # language and race were unknown then
 
 
+def test_a_lab_is_measured_in_the_stay_that_holds_its_time(engine, tmp_path):
+    stays = """SUBJECT_ID,HADM_ID,ICUSTAY_ID,FIRST_CAREUNIT,LAST_CAREUNIT,INTIME,OUTTIME
+1,11,7,MICU,SICU,2150-01-11 00:00:00,2150-01-12 12:00:00
+1,11,8,MICU,SICU,2150-01-12 10:00:00,2150-01-13 00:00:00
+"""
+    labs = """SUBJECT_ID,HADM_ID,ITEMID,CHARTTIME,VALUE,VALUENUM
+1,11,1,2150-01-10 23:59:00,1,1
+1,11,2,2150-01-11 00:00:00,1,1
+1,,3,2150-01-12 09:59:00,1,1
+1,11,4,2150-01-12 10:00:00,1,1
+1,11,5,2150-01-13 00:00:00,1,1
+1,10,6,2150-01-11 10:00:00,1,1
+2,,7,2150-01-11 10:00:00,1,1
+"""
+    source = mimic3(engine, write_tables(tmp_path, MIMIC3, ICUSTAYS=stays, LABEVENTS=labs), measurements=True)
+    found = {row["code"].split("/")[1]: row["stay_id"] for row in events_of(source, "labevents")}
+    # Stays that overlap: the earlier one ends where the next begins. 6 names another admission than the stay's.
+    assert found == {"1": None, "2": 7, "3": 7, "4": 8, "5": None, "6": None, "7": None}
+
+
 def test_births_and_deaths(hospital):
     rows = events_of(hospital, "patients")
     birth = {row["subject_id"]: row["time"] for row in named(rows, kind="birth")}

@@ -1,4 +1,4 @@
-"""What MIMIC-III and MIMIC-IV have in common: admissions, stays, coded tables, measurements and notes as EVENTS."""
+"""What MIMIC-III and MIMIC-IV have in common: admissions, coded tables and notes as EVENTS."""
 
 from __future__ import annotations
 
@@ -285,77 +285,6 @@ def drug_extract(engine: Engine, path: Path, visits: ir.Table, *, start: str, da
         available_at=end_of_day(table[start]) if dated else table[start],
     )
     return Extract("prescriptions", events, [scan.rejected, nameless, orphans])
-
-
-def stay_extract(engine: Engine, path: Path, visits: ir.Table, stay: str) -> Extract:
-    """Events of ICUSTAYS: admission to and discharge from the unit, ``stay`` names the column with its id."""
-    columns = {
-        "subject_id": Column("int64", required=True),
-        "hadm_id": Column("int64", required=True),
-        stay: Column("int64", required=True),
-        "intime": Column("timestamp", required=True),
-        "outtime": Column("timestamp"),
-        "first_careunit": Column(optional=True),
-        "last_careunit": Column(optional=True),
-    }
-    scan = engine.scan(path, columns, key=[stay])
-    reason = "negative stay: `outtime` is before `intime`"
-    negative = scan.table["outtime"] < scan.table["intime"]
-    table, bad = reject(scan.table, negative, file=path.name, column="intime,outtime", reason=reason)
-    table, orphans = of_visits(table, visits, path.name)
-    ended = table.filter(table["outtime"].notnull())
-    edges = [
-        as_events(
-            edge,
-            subject_id=edge["subject_id"],
-            time=edge[time],
-            code="Stay/icu",
-            text_value=edge[unit],
-            visit_id=edge["hadm_id"],
-            stay_id=edge[stay],
-            kind=kind,
-        )
-        for edge, time, unit, kind in (
-            (table, "intime", "first_careunit", "admission"),
-            (ended, "outtime", "last_careunit", "discharge"),
-        )
-    ]
-    return Extract("icustays", edges[0].union(edges[1]), [scan.rejected, bad, orphans])
-
-
-def measurement_extract(engine: Engine, path: Path, visits: ir.Table, stay: str | None) -> Extract:
-    """Events of LABEVENTS (no ``stay`` column) or CHARTEVENTS: ``MIMIC_ITEM/itemid``, number or else text."""
-    import ibis
-
-    columns = {
-        "subject_id": Column("int64", required=True),
-        "hadm_id": Column("int64"),
-        "itemid": Column("int64", required=True),
-        "charttime": Column("timestamp", required=True),
-        "storetime": Column("timestamp", optional=True),
-        "value": Column(),
-        "valuenum": Column("float64"),
-        "error": Column("int64", optional=True),
-    }
-    columns |= {stay: Column("int64")} if stay else {}
-    scan = engine.scan(path, columns)
-    table, wrong = reject(
-        scan.table, scan.table["error"] == 1, file=path.name, column="error", reason="marked as error"
-    )
-    table, orphans = of_visits(table, visits, path.name, required=False)
-    events = as_events(
-        table,
-        subject_id=table["subject_id"],
-        time=table["charttime"],
-        code="MIMIC_ITEM/" + table["itemid"].cast("string"),
-        numeric_value=table["valuenum"],
-        text_value=ibis.ifelse(table["valuenum"].isnull(), table["value"], ibis.null("string")),
-        visit_id=table["hadm_id"],
-        stay_id=table[stay] if stay else None,
-        kind="measurement",
-        available_at=ibis.coalesce(table["storetime"], table["charttime"]),
-    )
-    return Extract(path.name.split(".")[0].lower(), events, [scan.rejected, wrong, orphans])
 
 
 def note_extract(engine: Engine, path: Path, visits: ir.Table, category: str) -> Extract:

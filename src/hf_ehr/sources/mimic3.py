@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hf_ehr.sources import _mimic
+from hf_ehr.sources import _mimic, _mimic_stays
 from hf_ehr.sources.engine import Column, Engine, Source, find_table
 
 OLDEST = 91
@@ -30,7 +30,7 @@ def mimic3(engine: Engine, input_dir: Path, *, measurements: bool = False, billi
     Args:
         engine: The engine.
         input_dir: Folder of the tables, CSV (``.csv``, ``.csv.gz``) or Parquet, names in any case.
-        measurements: Whether to read LABEVENTS and CHARTEVENTS.
+        measurements: Whether to read LABEVENTS and CHARTEVENTS; what was measured in a stay is under that stay.
         billing_lag_days: Days from discharge until billing codes exist.
 
     Raises:
@@ -64,8 +64,10 @@ def mimic3(engine: Engine, input_dir: Path, *, measurements: bool = False, billi
             )  # fmt: skip
     if "PRESCRIPTIONS" in tables:
         extracts.append(_mimic.drug_extract(engine, tables["PRESCRIPTIONS"], visits, start="startdate", dated=True))
+    stays = None
     if "ICUSTAYS" in tables:
-        extracts.append(_mimic.stay_extract(engine, tables["ICUSTAYS"], visits, "icustay_id"))
+        stays, bad_stays = _mimic_stays.read_stays(engine, tables["ICUSTAYS"], visits, "icustay_id")
+        extracts.append(_mimic_stays.stay_extract(stays, bad_stays))
     if "NOTEEVENTS" in tables:
         notes = _mimic.note_extract(engine, tables["NOTEEVENTS"], visits, "category")
         extracts.append(notes)
@@ -73,5 +75,5 @@ def mimic3(engine: Engine, input_dir: Path, *, measurements: bool = False, billi
             warnings.append("NOTEEVENTS is empty: no notes.")
     for name, stay in {"LABEVENTS": None, "CHARTEVENTS": "icustay_id"}.items():
         if measurements and name in tables:
-            extracts.append(_mimic.measurement_extract(engine, tables[name], visits, stay))
+            extracts.append(_mimic_stays.measurement_extract(engine, tables[name], visits, stays, stay))
     return Source("mimic3", extracts, "shifted", warnings)

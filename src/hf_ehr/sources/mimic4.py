@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hf_ehr.sources import _mimic
+from hf_ehr.sources import _mimic, _mimic_stays
 from hf_ehr.sources.engine import Column, Engine, Source, find_table
 
 FOLDERS = ("hosp", "icu", "note", "")
@@ -29,7 +29,7 @@ def mimic4(engine: Engine, input_dir: Path, *, measurements: bool = False, billi
     Args:
         engine: The engine.
         input_dir: Folder with ``hosp``, ``icu`` and, of MIMIC-IV-Note, ``note``; or with all the files in it.
-        measurements: Whether to read labevents and chartevents.
+        measurements: Whether to read labevents and chartevents; what was measured in a stay is under that stay.
         billing_lag_days: Days from discharge until billing codes exist.
 
     Raises:
@@ -67,12 +67,14 @@ def mimic4(engine: Engine, input_dir: Path, *, measurements: bool = False, billi
             )  # fmt: skip
     if "prescriptions" in tables:
         extracts.append(_mimic.drug_extract(engine, tables["prescriptions"], visits, start="starttime", dated=False))
+    stays = None
     if "icustays" in tables:
-        extracts.append(_mimic.stay_extract(engine, tables["icustays"], visits, "stay_id"))
+        stays, bad_stays = _mimic_stays.read_stays(engine, tables["icustays"], visits, "stay_id")
+        extracts.append(_mimic_stays.stay_extract(stays, bad_stays))
     for name in ("discharge", "radiology"):
         if name in tables:
             extracts.append(_mimic.note_extract(engine, tables[name], visits, "note_type"))
     for name, stay in {"labevents": None, "chartevents": "stay_id"}.items():
         if measurements and name in tables:
-            extracts.append(_mimic.measurement_extract(engine, tables[name], visits, stay))
+            extracts.append(_mimic_stays.measurement_extract(engine, tables[name], visits, stays, stay))
     return Source("mimic4", extracts, "shifted", warnings)
