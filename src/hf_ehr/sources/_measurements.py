@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import pyarrow as pa
+
 from hf_ehr.sources._codes import joined
 from hf_ehr.sources._parse import as_value
 from hf_ehr.sources._table_cells import FILE, seconds
@@ -110,7 +112,7 @@ def _bounds() -> ir.Table:
 
     rules = [f"`{name}` must be {low:,g} to {high:,g}" for name, (low, high) in POSSIBLE.items()]
     lows, highs = zip(*POSSIBLE.values(), strict=True)
-    return ibis.memtable({"_name": list(POSSIBLE), "_low": list(lows), "_high": list(highs), "_rule": rules})
+    return ibis.memtable(pa.table({"_name": list(POSSIBLE), "_low": lows, "_high": highs, "_rule": rules}))
 
 
 def placed(rows: ir.Table, **columns: ir.Value | str) -> ir.Table:
