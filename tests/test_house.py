@@ -41,8 +41,8 @@ FLOORS = (
         "_hourly_summary",
         "tasks",
     },
-    {"prepare", "datasets", "_histories", "_example_writer", "note_datasets", "_note_pairs"},
-    {"samplers", "collators", "note_collators"},
+    {"prepare", "datasets", "_histories", "_example_writer", "note_datasets", "_note_pairs", "stay_datasets"},
+    {"samplers", "collators", "note_collators", "stay_collators"},
     {
         "metrics",
         "_scores",
@@ -93,6 +93,7 @@ MODELS_SEEN_BELOW_THE_TOP = {
     "ontology": {"code_hierarchy"},
     "sources": {"code_hierarchy"},
     "tasks": {"code_hierarchy"},
+    "stay_datasets": {"feature_extraction_hourly"},
 }
 MODELS_MAY_IMPORT = {"torch", "transformers", "tokenizers", "numpy", "huggingface_hub"} | sys.stdlib_module_names
 HEAVY = {"polars", "ibis", "datasets", "sklearn", "evaluate", "matplotlib", "lightgbm", "duckdb", "pyspark", "pyarrow"}

@@ -51,12 +51,17 @@ class DataArguments:
 
     def splits(self) -> dict[str, np.ndarray]:
         """Patients of `train`, `validation` and `test`."""
-        ids = [pq.read_table(path, columns=["subject_id"])["subject_id"] for path in shard_paths(self.data, "records")]
-        return split_patients(pa.chunked_array([c for i in ids for c in i.chunks]).to_numpy(), seed=self.split_seed)
+        return patient_splits(self.data, self.split_seed)
 
     def manifest(self, splits: Mapping[str, np.ndarray]) -> SplitManifest:
         """The splits as hashes, salted with a secret that stays in the prepared folder."""
         return salted_manifest(Path(self.data), splits)
+
+
+def patient_splits(folder: str, seed: int) -> dict[str, np.ndarray]:
+    """Patients of `train`, `validation` and `test` of a prepared folder (7:1:2)."""
+    ids = [pq.read_table(path, columns=["subject_id"])["subject_id"] for path in shard_paths(folder, "records")]
+    return split_patients(pa.chunked_array([c for i in ids for c in i.chunks]).to_numpy(), seed=seed)
 
 
 def salted_manifest(folder: Path, splits: Mapping[str, np.ndarray]) -> SplitManifest:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,16 +100,36 @@ def fit_classifier(
     training: TrainingArguments,
     patience: int | None = None,
 ) -> None:
+    """Trains a classifier of packed histories; see :func:`fit_best_epoch`."""
+
+    def score(model: Any) -> np.ndarray:
+        return predict(model, validation, tokenizer)
+
+    fit_best_epoch(model, train, validation, PackedCollator(tokenizer), score, training, tokenizer, patience)
+
+
+def fit_best_epoch(
+    model: PreTrainedModel,
+    train: datasets.Dataset,
+    validation: datasets.Dataset,
+    collate: Any,
+    score: Callable[[Any], np.ndarray],
+    training: TrainingArguments,
+    processor: Any = None,
+    patience: int | None = None,
+) -> None:
     """Trains a classifier in place and keeps the epoch that ranks validation patients best by AUROC.
 
     The state it came with is a candidate too. A run that was stopped goes on from its last checkpoint.
 
     Args:
-        model: Any sequence classifier that takes packed batches.
+        model: Any classifier of two classes that takes the batches of `collate`.
         train: EXAMPLES with 0/1 ``labels``.
         validation: EXAMPLES that epochs are compared on.
-        tokenizer: The one that encoded them.
+        collate: Makes batches of rows.
+        score: Model → probability of each validation example.
         training: Settings of the run; checkpoints go to its ``output_dir``.
+        processor: What encoded the examples, kept beside checkpoints.
         patience: Epochs without a better one after which to stop; None runs all.
     """
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -116,17 +137,17 @@ def fit_classifier(
         model,
         run_arguments(
             training, eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end=True,
-            metric_for_best_model="auroc", greater_is_better=True, save_total_limit=1,
+            metric_for_best_model="auroc", greater_is_better=True, save_total_limit=1, remove_unused_columns=False,
         ),
-        PackedCollator(tokenizer),
+        collate,
         train_dataset=train,
         eval_dataset=validation,
-        compute_metrics=lambda prediction: {"auroc": auroc(prediction.label_ids, _positive(prediction.predictions))},
-        processing_class=tokenizer,
+        compute_metrics=lambda prediction: {"auroc": auroc(prediction.label_ids, positive(prediction.predictions))},
+        processing_class=processor,
         callbacks=[] if patience is None else [EarlyStoppingCallback(patience)],
     )  # fmt: skip
     quiet(trainer).train(resume_from_checkpoint=last_checkpoint(training))
-    _keep_better(model, before, validation, tokenizer)
+    _keep_better(model, before, np.asarray(validation["labels"]), score)
 
 
 def examples_of(data, options, tokenizer, splits, name: str, cache: Path | None = None) -> datasets.Dataset:
@@ -176,26 +197,31 @@ def start_from_probe(model, train: datasets.Dataset, validation: datasets.Datase
 
     Fine-tuning then starts from features that already separate, instead of distorting them (Kumar et al., ICLR 2022).
     """
+    states, held = (embed(model, part, tokenizer) for part in (train, validation))
+    set_probe(model.classifier, states, np.asarray(train["labels"]), held, np.asarray(validation["labels"]))
+
+
+def set_probe(classifier: torch.nn.Linear, states, labels, held_states, held_labels) -> None:
+    """Sets a layer of two scores to a regression on (examples, features) states, its penalty chosen on held ones."""
     from sklearn.linear_model import LogisticRegression
 
-    states = embed(model, train, tokenizer)
     mean, scale = states.mean(axis=0), states.std(axis=0) + 1e-6
-    held, labels = (embed(model, validation, tokenizer) - mean) / scale, np.asarray(validation["labels"])
     fits = [
-        LogisticRegression(C=strength, max_iter=1000).fit((states - mean) / scale, train["labels"])
+        LogisticRegression(C=strength, max_iter=1000).fit((states - mean) / scale, labels)
         for strength in (0.001, 0.01, 0.1, 1.0)
     ]
-    best = max(fits, key=lambda fit: auroc(labels, fit.predict_proba(held)[:, 1]))
+    held = (held_states - mean) / scale
+    best = max(fits, key=lambda fit: auroc(held_labels, fit.predict_proba(held)[:, 1]))
     weight = best.coef_[0] / scale
     bias = best.intercept_[0] - weight @ mean
     with torch.no_grad():  # two softmax scores that differ by the regression's score
-        model.classifier.weight.copy_(torch.from_numpy(np.stack([-weight / 2, weight / 2])))
-        model.classifier.bias.copy_(torch.tensor([-bias / 2, bias / 2]))
+        classifier.weight.copy_(torch.from_numpy(np.stack([-weight / 2, weight / 2])))
+        classifier.bias.copy_(torch.tensor([-bias / 2, bias / 2]))
 
 
 def predict(model, examples: datasets.Dataset, tokenizer) -> np.ndarray:
     """Probability of the positive class, (examples,), in the order of `examples`."""
-    return _positive(_forward(model, examples, tokenizer, lambda outputs: outputs.logits))
+    return positive(_forward(model, examples, tokenizer, lambda outputs: outputs.logits))
 
 
 def embed(model, examples: datasets.Dataset, tokenizer) -> np.ndarray:
@@ -214,17 +240,18 @@ def _forward(model, examples, tokenizer, read) -> np.ndarray:
     return np.concatenate(values)[np.argsort(np.concatenate(order))]
 
 
-def _positive(logits) -> np.ndarray:
+def positive(logits) -> np.ndarray:
+    """Scores of two classes, (examples, 2) → probability of the second."""
     logits = np.asarray(logits, np.float64)
     return 1 / (1 + np.exp(logits[:, 0] - logits[:, 1]))
 
 
-def _keep_better(model, before: dict, validation, tokenizer) -> None:
+def _keep_better(model, before: dict, labels: np.ndarray, score: Callable[[Any], np.ndarray]) -> None:
     """Goes back to the weights fine-tuning started from where these rank validation patients better."""
-    labels, after = np.asarray(validation["labels"]), {k: v.clone() for k, v in model.state_dict().items()}
-    tuned = auroc(labels, predict(model, validation, tokenizer))
+    after = {k: v.clone() for k, v in model.state_dict().items()}
+    tuned = auroc(labels, score(model))
     model.load_state_dict(before)
-    if auroc(labels, predict(model, validation, tokenizer)) <= tuned:
+    if auroc(labels, score(model)) <= tuned:
         model.load_state_dict(after)
 
 
