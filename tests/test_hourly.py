@@ -313,6 +313,7 @@ def test_a_fit_that_makes_no_sense_says_what_to_do(options, error, message):
 # Numbers
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(-5, 5), min_size=1, max_size=30), st.lists(st.floats(0, 1), min_size=1, max_size=4))
 def test_quantiles_of_counted_values_are_those_of_the_values(values, shares):
     distinct, counts = np.unique(np.array(values, np.float32), return_counts=True)
