@@ -324,7 +324,8 @@ def test_demographics_of_2019(events_2019):
 
 def test_bad_rows_and_cells_of_2019_are_rejected(source_2019):
     file = "training_setB/p100003.psv"
-    assert [row for row in rejected_of(source_2019) if row[0] == file] == sorted(
+    found = [(row[0].partition("/")[2], *row[1:]) for row in rejected_of(source_2019)]  # without the input folder
+    assert sorted((row for row in found if row[0] == file), key=str) == sorted(
         [
             (file, 1, "FiO2", "4000", "impossible value: `FiO2` must be 0.2 to 1"),
             (file, 2, "SepsisLabel", "2", "`SepsisLabel` must be 0 or 1"),
