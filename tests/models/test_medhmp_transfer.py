@@ -114,13 +114,12 @@ def test_a_model_takes_a_text_encoder_and_keeps_the_rest(family, tmp_path):
     model = model_of(MedHMPModel)
     for given in (tmp_path / "text", encoder):
         moved = with_note_encoder(model, given)
-        note = moved.admission_encoder.note
-        assert note.projection.in_features == moved.config.note_size == 8
-        assert not any(weight.requires_grad for weight in note.encoder.parameters())
-        for name, weight in note.encoder.state_dict().items():
+        assert moved.admission_encoder.note.projection.in_features == moved.config.note_size == 8
+        assert not any(weight.requires_grad for weight in moved.note_encoder.parameters())
+        for name, weight in moved.note_encoder.state_dict().items():
             assert torch.equal(weight, encoder.state_dict()[name]), name
         for name, weight in moved.state_dict().items():
-            if "note." not in name:
+            if "note" not in name:
                 assert torch.equal(weight, model.state_dict()[name]), name
     moved.save_pretrained(tmp_path / "moved")
     loaded = MedHMPModel.from_pretrained(tmp_path / "moved")

@@ -15,14 +15,20 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers import initialization as init
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_medhmp import MedHMPConfig
 from .modeling_contrastive import ContrastiveViews, contrastive_loss
 from .modeling_heads import EhrClassifierOutput, PatientClassifierMixin
 from .modeling_masked_codes import MaskedCodes, checked_masks, masked_code_losses
-from .modeling_medhmp_admission import AdmissionEncoder, CodeSetEncoder, owners_of_stays
+from .modeling_medhmp_admission import (
+    AdmissionEncoder,
+    init_layer,
+    mean_states,
+    new_note_encoder,
+    owners_of_stays,
+    without_pooler,
+)
 from .modeling_medhmp_outputs import (
     EncodedAdmissions,
     MaskedCodeParts,
@@ -47,19 +53,8 @@ class MedHMPPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        """PyTorch's own start, which the authors trained from."""
         super()._init_weights(module)
-        if isinstance(module, nn.RNNBase):
-            for weight in module.parameters():
-                init.uniform_(weight, -(module.hidden_size**-0.5), module.hidden_size**-0.5)
-        if isinstance(module, nn.Linear):
-            init.uniform_(module.weight, -(module.in_features**-0.5), module.in_features**-0.5)
-        if isinstance(module, CodeSetEncoder):  # a linear layer over indicators
-            bound = module.embeddings.num_embeddings**-0.5
-            init.uniform_(module.embeddings.weight, -bound, bound)
-            init.uniform_(module.bias, -bound, bound)
-        if isinstance(module, AdmissionEncoder):
-            init.normal_(module.missing)
+        init_layer(module)
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
@@ -81,10 +76,9 @@ class MedHMPPreTrainedModel(PreTrainedModel):
     def tie_weights(self, *args, **kwargs):
         """Freezes the text encoder again: loading makes new parameters, and calls this at its end."""
         super().tie_weights(*args, **kwargs)
-        encoder = getattr(getattr(self, self.base_model_prefix, self), "admission_encoder", None)
-        note = None if encoder is None else encoder.note
-        if note is not None and note.encoder is not None:
-            note.encoder.requires_grad_(not self.config.freeze_note_encoder)
+        encoder = getattr(getattr(self, self.base_model_prefix, self), "note_encoder", None)
+        if encoder is not None:
+            encoder.requires_grad_(not self.config.freeze_note_encoder)
 
 
 class MedHMPStayModel(MedHMPPreTrainedModel):
@@ -169,7 +163,40 @@ class MedHMPModel(MedHMPPreTrainedModel):
         super().__init__(config)
         self.stay_encoder = StayEncoder(config)
         self.admission_encoder = AdmissionEncoder(config)
+        # Of all modules under this one the library ties the weights of its children alone.
+        self.note_encoder: Any = None
+        if config.note_config is not None:
+            self.note_encoder = without_pooler(new_note_encoder(config.note_config))
         self.post_init()
+
+    def train(self, mode: bool = True):
+        """As always, but a frozen text encoder has no dropout."""
+        super().train(mode)
+        if self.note_encoder is not None and self.config.freeze_note_encoder:
+            self.note_encoder.eval()
+        return self
+
+    def note_vectors(self, note_input_ids, note_attention_mask=None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens of notes → what `forward` takes in their place, to be made once where the text encoder is frozen.
+
+        Args:
+            note_input_ids: (admissions, tokens).
+            note_attention_mask: (admissions, tokens), 1 for tokens; `None` means no padding.
+
+        Returns:
+            The mean of the states of each note's tokens (admissions, note_size), and which notes have any.
+
+        Raises:
+            ValueError: The model has no text encoder.
+        """
+        if self.note_encoder is None:
+            raise ValueError(
+                "`note_input_ids` need a text encoder, and the model has none (`note_config=None`). Give "
+                "`note_vectors`, or take an encoder with `with_note_encoder`."
+            )
+        mask = torch.ones_like(note_input_ids) if note_attention_mask is None else note_attention_mask
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_note_encoder):
+            return mean_states(self.note_encoder, note_input_ids, mask.bool())
 
     def encode(
         self, stay_hours=None, stay_admissions=None, diagnosis_ids=None, medication_ids=None, **inputs
@@ -190,6 +217,9 @@ class MedHMPModel(MedHMPPreTrainedModel):
             torch.full((count, 1), pad, device=stays.device) if ids is None else ids
             for ids, pad in zip(given[:2], pads, strict=True)
         )
+        if inputs.get("note_vectors") is None and inputs.get("note_input_ids") is not None:
+            vectors, there = self.note_vectors(inputs["note_input_ids"], inputs.get("note_attention_mask"))
+            inputs |= {"note_vectors": vectors, "note_mask": there}
         parts = [
             encoder.pooled(stays, stay_hours > 0, owners, count),
             encoder.codes("diagnoses", diagnoses),

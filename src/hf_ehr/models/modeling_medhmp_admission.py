@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForTextEncoding
+from transformers import initialization as init
 from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
 
 from .modeling_medhmp_stay import TokenFusion
@@ -75,41 +76,12 @@ class StayPooling(nn.Module):
 
 
 class NoteProjection(nn.Module):
-    """Notes → one token each: the mean over the tokens of a text encoder, or a vector, then Linear, LN, ReLU."""
+    """Vectors of notes (notes, note_size) → one token each, (notes, hidden): Linear, LN, ReLU."""
 
     def __init__(self, config):
         super().__init__()
-        self.encoder: Any = (
-            None if config.note_config is None else without_pooler(new_note_encoder(config.note_config))
-        )
-        self.frozen = config.freeze_note_encoder
         self.projection = nn.Linear(config.note_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-
-    def train(self, mode: bool = True):
-        """As always, but a frozen encoder has no dropout."""
-        super().train(mode)
-        if self.encoder is not None and self.frozen:
-            self.encoder.eval()
-        return self
-
-    def vectors(self, input_ids, attention_mask) -> torch.Tensor:
-        """Tokens (notes, length) → the mean of their states (notes, note_size), 0 for a note without tokens.
-
-        Raises:
-            ValueError: The model has no text encoder.
-        """
-        if self.encoder is None:
-            raise ValueError(
-                "`note_input_ids` need a text encoder, and the model has none (`note_config=None`). Give "
-                "`note_vectors`, or take an encoder with `with_note_encoder`."
-            )
-        tokens = attention_mask.bool()
-        seen = tokens | ~tokens.any(dim=1, keepdim=True)  # attention over nothing would be NaN
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            states = self.encoder(input_ids=input_ids, attention_mask=seen.long()).last_hidden_state
-        weights = tokens[..., None].to(states.dtype)
-        return (states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
 
     def forward(self, vectors: torch.Tensor) -> torch.Tensor:
         """(notes, note_size) → (notes, hidden)."""
@@ -120,6 +92,15 @@ def new_note_encoder(config) -> Any:
     """A text encoder with fresh weights; of a family with a decoder (T5) its encoder alone."""
     family = AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
     return family.from_config(config)
+
+
+def mean_states(encoder: Any, input_ids: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Notes (notes, length) → the mean of the states of their `tokens` (notes, note_size), or 0; and which have any."""
+    there = tokens.any(dim=1)
+    seen = tokens | ~there[:, None]  # attention over nothing would be NaN
+    states = encoder(input_ids=input_ids, attention_mask=seen.long()).last_hidden_state
+    weights = tokens[..., None].to(states.dtype)
+    return (states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1), there
 
 
 def without_pooler(encoder: Any) -> Any:
@@ -162,24 +143,17 @@ class AdmissionEncoder(nn.Module):
         owners = owners[there]
         return self.stays(states[there], owners, count), owners.bincount(minlength=count) > 0
 
-    def notes(
-        self, count: int, note_input_ids=None, note_attention_mask=None, note_vectors=None, note_mask=None, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Notes of a batch → tokens (count, hidden), and which admissions have one.
+    def notes(self, count: int, note_vectors=None, note_mask=None, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Vectors of notes → tokens (count, hidden), and which admissions have one.
 
         Raises:
-            ValueError: The model reads no notes, or not in this form, or vectors are not as wide as it reads them.
+            ValueError: The model reads no notes, or vectors are not as wide as it reads them.
         """
         absent = self.missing.new_zeros(count, dtype=torch.bool)
         if self.note is None:
-            if note_vectors is not None or note_input_ids is not None:
-                raise ValueError(
-                    "A model with `note_size=None` reads no notes, got some. Leave them out of the batch."
-                )
+            if note_vectors is not None:
+                raise ValueError("A model with `note_size=None` reads no notes, got some. Leave them out.")
             return self.missing.new_zeros(count, self.missing.shape[1]), absent
-        if note_vectors is None and note_input_ids is not None:
-            mask = torch.ones_like(note_input_ids) if note_attention_mask is None else note_attention_mask
-            note_vectors, note_mask = self.note.vectors(note_input_ids, mask), mask.any(dim=1)
         size = self.note.projection.in_features
         if note_vectors is None:
             return self.note(self.missing.new_zeros(count, size)), absent
@@ -251,3 +225,19 @@ def owners_of_stays(lengths: list[int], stay_hours, stay_admissions) -> tuple[in
             "the stays in the order of their admissions."
         )
     return lengths[0], stay_admissions
+
+
+@torch.no_grad()
+def init_layer(module: nn.Module) -> None:
+    """PyTorch's own start, which the authors trained from, for `_init_weights`."""
+    if isinstance(module, nn.RNNBase):
+        for weight in module.parameters():
+            init.uniform_(weight, -(module.hidden_size**-0.5), module.hidden_size**-0.5)
+    if isinstance(module, nn.Linear):
+        init.uniform_(module.weight, -(module.in_features**-0.5), module.in_features**-0.5)
+    if isinstance(module, CodeSetEncoder):  # a linear layer over indicators
+        bound = module.embeddings.num_embeddings**-0.5
+        init.uniform_(module.embeddings.weight, -bound, bound)
+        init.uniform_(module.bias, -bound, bound)
+    if isinstance(module, AdmissionEncoder):
+        init.normal_(module.missing)

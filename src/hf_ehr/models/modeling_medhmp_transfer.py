@@ -110,19 +110,18 @@ def with_note_encoder(model: Any, encoder: str | Path | PreTrainedModel, seed: i
     config.note_config, config.note_size = base.config, base.config.hidden_size
     old = model.base_model.admission_encoder.note
     same = old is not None and old.projection.in_features == config.note_size
-    parts = ("encoder.",) if same else ("encoder.", "projection.", "norm.")
-    names = tuple(f"admission_encoder.note.{part}" for part in parts)
+    names = ("note_encoder.",) if same else ("note_encoder.", "admission_encoder.note.")
     fresh = [name for name in model.state_dict() if name.removeprefix("medhmp.").startswith(names)]
     moved = _copied(model, config, fresh, seed)
-    note = moved.base_model.admission_encoder.note
-    if type(base) is not type(note.encoder):
+    wanted = type(moved.base_model.note_encoder)
+    if type(base) is not wanted:
         raise ValueError(
-            f"`encoder` must be a text encoder alone, {type(note.encoder).__name__}, got {type(base).__name__}. Open "
-            "it with `AutoModelForTextEncoding`, or give its folder."
+            f"`encoder` must be a text encoder alone, {wanted.__name__}, got {type(base).__name__}. Open it with "
+            "`AutoModelForTextEncoding`, or give its folder."
         )
-    note.encoder = without_pooler(base).train(note.training and not note.frozen)
+    moved.base_model.note_encoder = without_pooler(base)
     moved.tie_weights()
-    return moved
+    return moved.train(model.training)
 
 
 def _copied(model: Any, config: MedHMPConfig, fresh: list[str], seed: int) -> Any:
