@@ -95,7 +95,7 @@ def new_note_encoder(config) -> Any:
 
 
 def mean_states(encoder: Any, input_ids: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Notes (notes, length) → the mean of the states of their `tokens` (notes, note_size), or 0; and which have any."""
+    """Notes (notes, length) → means over the states of their `tokens` (notes, note_size), or 0; and which have any."""
     there = tokens.any(dim=1)
     seen = tokens | ~there[:, None]  # attention over nothing would be NaN
     states = encoder(input_ids=input_ids, attention_mask=seen.long()).last_hidden_state
