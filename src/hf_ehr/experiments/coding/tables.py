@@ -14,6 +14,7 @@ from hf_ehr.coding_tables import difference_lines, sections, write_coding_tables
 from hf_ehr.experiments.coding.cells import CodingBench, CodingCell, predictions_of
 from hf_ehr.experiments.coding.materials import CodedNotes, Scope
 from hf_ehr.experiments.coding.spec import CodingData, CodingSpec
+from hf_ehr.intervals import resamples_for
 
 SYNTHETIC = (
     "**Synthetic notes**: what is shown is that the software works and finds planted evidence. Nothing clinical "
@@ -21,15 +22,14 @@ SYNTHETIC = (
 )
 
 
-def write(bench: CodingBench, failures: Mapping[str, str], folder: Path, n_resamples: int = 1000) -> list[Path]:
+def write(bench: CodingBench, failures: Mapping[str, str], folder: Path) -> list[Path]:
     """Scores all cells that are there on the test notes and writes the tables; returns the files, Markdown first."""
     spec, tested, differences, missing = bench.spec, [], [], []
+    n_resamples = resamples_for(len(spec.comparisons) * len(spec.compared) * len(spec.datasets))
     for data in spec.datasets:
         test, rows, absent = read_rows(bench, data)
         missing += absent
-        tested.append(
-            (test, [score_row(test, row, n_resamples=n_resamples) for row in tqdm(rows.values(), data.name)])
-        )
+        tested.append((test, [score_row(test, row) for row in tqdm(rows.values(), data.name)]))
         for name, reference in spec.comparisons:
             if name in rows and reference in rows:
                 pair = (rows[name], rows[reference])
