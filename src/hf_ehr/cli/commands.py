@@ -106,7 +106,7 @@ def fit_tokenizer(words: list[str]) -> None:
 def pretrain(words: list[str]) -> None:
     """``hf-ehr pretrain MODEL --data DIR --output_dir DIR``; what follows MODEL depends on it."""
     example = "hf-ehr pretrain medbert --data data/ --output_dir model/ --preset tiny --learning_rate 3e-3"
-    model, words = model_of(words, MODELS, example)
+    model, words = model_of("pretrain", words, MODELS, example)
     if model == "ehrbert":
         return note_commands.pretrain_ehrbert(words)
     kinds = (training.DataArguments, training.PretrainArguments, TrainingArguments)
@@ -127,7 +127,7 @@ def pretrain(words: list[str]) -> None:
 def finetune(words: list[str]) -> None:
     """``hf-ehr finetune MODEL --data DIR --model DIR --output_dir DIR``; what follows MODEL depends on it."""
     example = "hf-ehr finetune medbert --data data/ --model model/ --task readmission_30d --output_dir classifier/"
-    model, words = model_of(words, MODELS, example)
+    model, words = model_of("finetune", words, MODELS, example)
     if model == "ehrbert":
         return note_commands.finetune_ehrbert(words)
     kinds = (training.DataArguments, training.FinetuneArguments, TrainingArguments)
@@ -164,7 +164,7 @@ def transfer(words: list[str]) -> None:
 def convert(words: list[str]) -> None:
     """``hf-ehr convert medbert --checkpoint FILE --vocabulary FILE --output DIR``."""
     example = "hf-ehr convert medbert --checkpoint weights.safetensors --vocabulary types.json --output model/"
-    _, words = model_of(words, ("medbert",), example)
+    _, words = model_of("convert", words, ("medbert",), example)
     (arguments,) = parse("convert medbert", example, words, convert_run.ConvertArguments)
     print(convert_run.convert(arguments))
 

@@ -11,10 +11,11 @@ from tqdm.auto import tqdm
 
 from hf_ehr.coding_report import DEFINITIONS, CodedRow, CodingTest, adjusted, compare_rows, score_row
 from hf_ehr.coding_tables import difference_lines, sections, write_coding_tables
-from hf_ehr.experiments.coding.cells import CodingBench, CodingCell, predictions_of
+from hf_ehr.experiments.coding.cells import CodingBench, CodingCell
 from hf_ehr.experiments.coding.materials import CodedNotes, Scope
 from hf_ehr.experiments.coding.spec import CodingData, CodingSpec
 from hf_ehr.intervals import resamples_for
+from hf_ehr.multilabel_predictions import MultilabelPredictions
 
 SYNTHETIC = (
     "**Synthetic notes**: what is shown is that the software works and finds planted evidence. Nothing clinical "
@@ -63,8 +64,8 @@ def read_rows(bench: CodingBench, data: CodingData) -> tuple[CodingTest, dict[st
         kept = [np.load(path) for path in paths]
         rows[row.name] = CodedRow(
             row.name,
-            [predictions_of(one["validation"], scope.truth["validation"]) for one in kept],
-            [predictions_of(one["test"], scope.truth["test"]) for one in kept],
+            [MultilabelPredictions.of(one["validation"], scope.truth["validation"]) for one in kept],
+            [MultilabelPredictions.of(one["test"], scope.truth["test"]) for one in kept],
             float(np.mean([one["seconds"] for one in kept])),
             [int(one["epochs"]) for one in kept] if row.neural else (),
             trained=row.neural,
