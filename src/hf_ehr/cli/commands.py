@@ -18,7 +18,14 @@ from hf_ehr.attention_maps import attention_map, attention_of
 from hf_ehr.attention_page import attention_page
 from hf_ehr.cli import note_commands
 from hf_ehr.cli._arguments import model_of, parse, positional
-from hf_ehr.cli.note_commands import evaluate_coder, evaluate_evidence, fit_text_tokenizer, highlight, prepare_notes
+from hf_ehr.cli.note_commands import (
+    check_notes,
+    evaluate_coder,
+    evaluate_evidence,
+    fit_text_tokenizer,
+    highlight,
+    prepare_notes,
+)
 from hf_ehr.prepare import SourceName, format_summary
 from hf_ehr.prepare import prepare as prepare_data
 from hf_ehr.schema import shard_paths
@@ -206,7 +213,7 @@ def leave_ranks() -> None:
 
 
 __all__ = [
-    "Path", "attention", "convert", "evaluate", "evaluate_coder", "evaluate_evidence", "finetune",
+    "Path", "attention", "check_notes", "convert", "evaluate", "evaluate_coder", "evaluate_evidence", "finetune",
     "fit_text_tokenizer", "fit_tokenizer", "highlight", "leave_ranks", "prepare", "prepare_notes", "pretrain",
     "quickstart", "report", "transfer",
 ]  # fmt: skip
