@@ -114,9 +114,11 @@ def _kinds(data: CodingData, codes: list[str]) -> dict[str, np.ndarray]:
 
 
 def _run_notes(spec: CodingSpec, missing: list[str], failures: Mapping[str, str], seconds: float) -> list[str]:
+    chosen = any(len(row.learning_rates) > 1 for row in spec.rows)
+    rates = "; so are learning rates, with a seed that is not shown" if chosen else ""
     notes = [
-        f"{spec.pretraining.seeds} pre-training seeds; learning rates, epochs, penalties and thresholds chosen on "
-        "validation notes, learning rates with a seed that is not shown.",
+        f"{spec.pretraining.seeds} pre-training seeds; epochs, penalties and thresholds are chosen on validation "
+        f"notes{rates}.",
         f"The rows took {seconds / 60:.0f} minutes of computing in one process each, pre-training aside.",
     ]
     notes += [f"Not run: {row.name}: {row.unset()}." for row in spec.rows if row.unset()]
