@@ -413,6 +413,20 @@ def test_the_example_trains_a_coder_on_another_encoder_with_the_stock_trainer(tm
     assert (tmp_path / "coder" / "note.html").read_text().startswith("<!DOCTYPE html>")
 
 
+def test_training_a_coder_begins_at_the_shares_of_the_labels(data, encoder, tmp_path):
+    options = CoderArguments(str(encoder[0]), model_options='{"label_output": "per_label"}')
+    folder = train_coder(data, options, settings(tmp_path / "coder", learning_rate=0.0))  # nothing else moves
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    codes = [model.config.id2label[label] for label in range(model.num_labels)]
+    train = data.splits["train"]
+    labels = data.folder.labels()
+    kept = labels.filter(pc.is_in(labels["note_id"], value_set=train))["code"].to_pylist()
+    counts = np.array([kept.count(code) for code in codes])
+    assert 0 < counts.min() < counts.max() < len(train)
+    odds = (counts + 0.5) / (len(train) - counts + 0.5)
+    assert model.head.output.bias.exp().tolist() == pytest.approx(odds, rel=1e-4)
+
+
 def test_a_head_with_a_bias_a_label_starts_at_the_shares_of_the_labels():
     notes = Dataset.from_dict({"labels": [[0], [0, 2], [0], [0, 2]]})  # all, none and half of the notes
     odds = [4.5 / 0.5, 0.5 / 4.5, 2.5 / 2.5]
