@@ -24,6 +24,22 @@ def test_help_names_every_command_and_every_command_has_help(capsys):
         assert f"example: hf-ehr {name}" in capsys.readouterr().out.replace("\n", " ")
 
 
+def test_a_command_of_several_models_says_which_have_a_page(capsys):
+    for command in ("pretrain", "finetune"):
+        pages = {}
+        for model in ("medbert", "ehrbert"):
+            with pytest.raises(SystemExit):
+                main([command, model, "--help"])
+            pages[model] = capsys.readouterr().out
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        index = capsys.readouterr().out
+        assert all(f"hf-ehr {command} {model} --help" in index for model in pages)
+        assert "--label_init" not in pages["medbert"]
+        assert "--head" in pages["medbert"] or command == "pretrain"
+        assert pages["medbert"] != pages["ehrbert"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -14,7 +14,7 @@ from hf_ehr.experiments.cells import Bench, Cell
 from hf_ehr.experiments.runner import cells, run_cells
 from hf_ehr.experiments.spec import SPECS, RowSpec
 from hf_ehr.experiments.tables import UNSOUND, collect
-from hf_ehr.intervals import crossed_bootstrap, holm
+from hf_ehr.intervals import crossed_bootstrap, holm, resamples_for
 from hf_ehr.metrics import auroc
 from hf_ehr.schema import EhrDataError
 
@@ -249,3 +249,11 @@ def test_a_mistake_in_a_specification_is_named_before_anything_runs(tmp_path, ol
 def test_an_unknown_specification_lists_the_shipped_ones():
     with pytest.raises(EhrDataError, match="medbert_table4"):
         ReportSpec.from_yaml("medbert_table5")
+
+
+def test_a_table_of_many_comparisons_is_drawn_as_often_as_they_need(spec, work):
+    many = replace(spec, comparisons=spec.comparisons[:1] * 20)
+    wanted = resamples_for(20 * len(spec.columns()) * len(spec.sizes))
+    assert wanted > 1000
+    (interval, *_) = [difference.auroc for difference in collect(many, work, {}).differences]
+    assert interval.resamples + interval.skipped == wanted

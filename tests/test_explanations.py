@@ -1,6 +1,7 @@
 """What codes look at: against hand-built models, the model's own output and plain autograd; and what it is worth."""
 
 import math
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -263,10 +264,19 @@ def test_the_report_has_every_method_beside_the_baselines(made):
 
 
 def test_random_spans_are_scored_over_many_draws(made):
-    single = made.rows["random"]["f1"].value
-    assert 0 < single < made.rows["label_attention"]["f1"].value
-    draws = 3 * RANDOM_DRAWS  # of three pairs
-    assert (single * draws) % 1 != 0 or single * draws > 3
+    """Against every place that a span of the method's length could have."""
+    means, variances = [], []
+    for note, length, evidence in ((1, 2, "hip fracture"), (2, 2, "hip fracture"), (2, 1, "asthma was")):
+        words = [found.span() for found in re.finditer(r"\w+", NOTES[note])]
+        anywhere = [
+            plausibility([(words[i][0], words[i + length - 1][1])], places(NOTES[note], evidence), NOTES[note]).f1
+            for i in range(len(words) - length + 1)
+        ]
+        means.append(np.mean(anywhere))
+        variances.append(np.var(anywhere) / RANDOM_DRAWS)
+    four_sd = 4 * math.sqrt(sum(variances)) / 3
+    assert made.rows["random"]["f1"].value == pytest.approx(np.mean(means), abs=four_sd)
+    assert made.rows["random"]["f1"].value > 0
 
 
 def test_the_figures_of_the_report_are_means_over_pairs_by_hand(made):

@@ -46,6 +46,7 @@ FLOORS = (
     {
         "metrics",
         "_scores",
+        "code_groups",
         "intervals",
         "multilabel_predictions",
         "multilabel",

@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from hf_ehr.intervals import Interval, crossed_bootstrap, holm, paired_bootstrap, patient_bootstrap, verdict
+from hf_ehr.intervals import (
+    Interval,
+    ResampledDraws,
+    crossed_bootstrap,
+    holm,
+    paired_bootstrap,
+    patient_bootstrap,
+    resamples_for,
+    verdict,
+)
 from hf_ehr.metrics import auroc, brier, f1_at
 
 
@@ -170,3 +179,30 @@ def test_shapes_and_ranges_are_checked():
         crossed_bootstrap(auroc, y, p[None], np.stack([p, p]), patients)
     with pytest.raises(ValueError, match="`n_resamples` must be >= 1"):
         patient_bootstrap(auroc, y, p, patients, n_resamples=0)
+
+
+def test_a_clear_difference_survives_holm_however_many_comparisons_a_table_has():
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 2, 400)
+    own, rival = y + rng.normal(size=400), rng.normal(size=400)  # no resample puts the rival before
+    for comparisons in (1, 72, 500):
+        n_resamples = resamples_for(comparisons)
+        scored = [ResampledDraws.of(auroc, y, p[None], np.arange(400), n_resamples=n_resamples) for p in (own, rival)]
+        p_value = scored[0].interval(scored[1]).p_value
+        assert holm([p_value] * comparisons)[-1] < 0.05
+    too_few = crossed_bootstrap(auroc, y, own[None], rival[None], np.arange(400), n_resamples=1000).p_value
+    assert holm([too_few] * 72)[-1] > 0.05
+
+
+def test_resampled_draws_are_compared_as_if_both_were_scored_together():
+    rng = np.random.default_rng(1)
+    y, patients = rng.integers(0, 2, 60), rng.integers(0, 25, 60)
+    own, rival = rng.random((3, 60)), rng.random((1, 60))
+    one, other = (ResampledDraws.of(auroc, y, p, patients, n_draws=3, n_resamples=50, seed=4) for p in (own, rival))
+    expected = crossed_bootstrap(auroc, y, own, np.repeat(rival, 3, axis=0), patients, n_resamples=50, seed=4)
+    assert one.interval(other) == expected
+    assert one.interval() == crossed_bootstrap(auroc, y, own, None, patients, n_resamples=50, seed=4)
+    with pytest.raises(ValueError, match="same resamples"):
+        one.interval(ResampledDraws.of(auroc, y, rival, patients, n_draws=3, n_resamples=50, seed=5))
+    with pytest.raises(ValueError, match=r"one draw or `n_draws` \(3\), got 2"):
+        ResampledDraws.of(auroc, y, own[:2], patients, n_draws=3)

@@ -24,8 +24,6 @@ from hf_ehr.multilabel import (
     assignment_scores,
     document_precision,
     document_scores,
-    frequency_bands,
-    grouped_scores,
     hierarchical_scores,
     label_scores,
     macro_scores,
@@ -268,30 +266,6 @@ def test_compact_predictions_of_many_labels_take_two_bytes_a_score():
 
 
 # Groups and hierarchy
-
-
-def test_frequency_bands_are_closed_above():
-    counts = [0, 10, 11, 50, 51, 200, 201, 1000, 1001]
-    bands = ["≤10", "≤10", "11–50", "11–50", "51–200", "51–200", "201–1000", "201–1000", ">1000"]
-    assert frequency_bands(counts) == bands
-    assert frequency_bands([1999, 2000], edges=(1999,)) == ["≤1999", ">1999"]
-    with pytest.raises(ValueError, match="ascend"):
-        frequency_bands(counts, edges=(50, 10))
-
-
-def test_groups_score_their_own_labels_only():
-    scores, targets = drawn(4)
-    groups = ["a", "b", None, "a", "b", "b", None, "a", "a", "b", "a", "c"]
-    found = grouped_scores(label_scores(held(scores, targets), 0.4), groups)
-    assert list(found) == ["a", "b", "c"]
-    for name in "ab":
-        members = [label for label, group in enumerate(groups) if group == name]
-        alone = multilabel_metrics(targets[:, members], scores[:, members], threshold=0.4)
-        shared = set(alone) & set(found[name])
-        assert {"auroc_macro", "f1_micro", "f1_macro", "f1_macro_caml", "labels_dropped"} <= shared
-        assert {key: found[name][key] for key in shared} == pytest.approx({key: alone[key] for key in shared})
-    with pytest.raises(ValueError, match="one group a label"):
-        grouped_scores(label_scores(held(scores, targets)), groups[1:])
 
 
 def test_a_wrong_sibling_counts_below_its_ancestor_by_hand():

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from transformers import AutoModelForSequenceClassification
 
 from hf_ehr.cli.main import main
+from hf_ehr.note_datasets import split_notes
 from hf_ehr.notes import NoteFolder
 
 WORLD = {"patients": 80, "codes": 12, "missed": 0.02, "codes_per_note": 3, "seed": 1}
@@ -50,6 +54,30 @@ def test_no_folder_but_the_prepared_one_holds_notes(road):
         assert files
         assert not any(text in path.read_bytes() for path in files)
         assert not (road / name / "examples").exists()
+
+
+def test_copies_across_splits_are_counted_aloud_and_named_in_the_prepared_folder(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    texts = [" ".join(f"w{number}" for number in rng.integers(0, 3000, 60)) for _ in range(30)]
+    texts += [*texts[:9], texts[9].upper(), "a note of its own " * 12]
+    splits = ["train"] * 30 + ["test"] * 11
+    raw = {"note_id": [f"n{i}" for i in range(41)], "subject_id": range(41), "split": splits, "text": texts}
+    (tmp_path / "raw").mkdir()
+    pq.write_table(pa.table(raw), tmp_path / "raw" / "notes.parquet")
+    labels = {"note_id": raw["note_id"], "code": ["ICD10CM/I10"] * 41}
+    pq.write_table(pa.table(labels), tmp_path / "raw" / "labels.parquet")
+    prepared = str(tmp_path / "prepared")
+    assert main(["prepare-notes", "table", "--input", str(tmp_path / "raw"), "--output", prepared]) == 0
+    train = set(split_notes(NoteFolder.open(prepared))["train"].to_pylist())
+    copied = {(f"n{30 + i}", f"n{i}") for i in range(10) if f"n{i}" in train}  # the others are validation notes
+    assert 0 < len(copied) < 10
+    capsys.readouterr()
+    assert main(["check-notes", "--data", prepared]) == 0
+    said = capsys.readouterr().out
+    assert f"test: 11 notes\n  {len(copied)} are nearly the same as a training note" in said
+    assert "n30" not in said
+    pairs = pq.read_table(tmp_path / "prepared" / "near_copies.parquet").to_pylist()
+    assert {(pair["note_id"], pair["train_note_id"]) for pair in pairs} == copied
 
 
 def test_evidence_stands_beside_what_needs_no_model(road):

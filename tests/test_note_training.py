@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForSequenceClassification,
@@ -30,6 +31,7 @@ from transformers import (
     pipeline,
 )
 
+from hf_ehr import EhrBertConfig, EhrBertForICDCoding, EhrTextConfig, EhrTextForICDCoding
 from hf_ehr.code_thresholds import tune_auto_code, tune_thresholds
 from hf_ehr.note_datasets import build_coding_examples
 from hf_ehr.notes import fit_word_tokenizer, frequent_codes, prepare_notes
@@ -43,6 +45,7 @@ from hf_ehr.training import (
     codes_in_scope,
     predict_codes,
     pretrain_notes,
+    start_at_shares,
     train_coder,
     training_notes,
 )
@@ -408,3 +411,38 @@ def test_the_example_trains_a_coder_on_another_encoder_with_the_stock_trainer(tm
     assert model.config.text_config.model_type == "bert"
     assert set(model.config.thresholds) == set(model.config.label2id)
     assert (tmp_path / "coder" / "note.html").read_text().startswith("<!DOCTYPE html>")
+
+
+def test_training_a_coder_begins_at_the_shares_of_the_labels(data, encoder, tmp_path):
+    options = CoderArguments(str(encoder[0]), model_options='{"label_output": "per_label"}')
+    folder = train_coder(data, options, settings(tmp_path / "coder", learning_rate=0.0))  # nothing else moves
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    codes = [model.config.id2label[label] for label in range(model.num_labels)]
+    train = data.splits["train"]
+    labels = data.folder.labels()
+    kept = labels.filter(pc.is_in(labels["note_id"], value_set=train))["code"].to_pylist()
+    counts = np.array([kept.count(code) for code in codes])
+    assert 0 < counts.min() < counts.max() < len(train)
+    odds = (counts + 0.5) / (len(train) - counts + 0.5)
+    assert model.head.output.bias.exp().tolist() == pytest.approx(odds, rel=1e-4)
+
+
+def test_a_head_with_a_bias_a_label_starts_at_the_shares_of_the_labels():
+    notes = Dataset.from_dict({"labels": [[0], [0, 2], [0], [0, 2]]})  # all, none and half of the notes
+    odds = [4.5 / 0.5, 0.5 / 4.5, 2.5 / 2.5]
+    names = dict(enumerate("abc"))
+    fields = {"vocab_size": 20, "id2label": names, "label2id": {name: label for label, name in names.items()}}
+    heads = [EhrBertForICDCoding(EhrBertConfig.tiny(head="cls", **fields))]
+    heads += [EhrBertForICDCoding(EhrBertConfig.tiny(label_output="per_label", **fields))]
+    heads += [
+        EhrTextForICDCoding(getattr(EhrTextConfig, preset)(embedding_size=4, hidden_size=4, **fields))
+        for preset in ("cnn", "caml", "laat", "multi_head_attention")
+    ]
+    for model in heads:
+        assert start_at_shares(model, notes)
+        layer = model.head if isinstance(model.head, torch.nn.Linear) else model.head.output
+        assert layer.bias.exp().tolist() == pytest.approx(odds)
+    shared = EhrBertForICDCoding(EhrBertConfig.tiny(**fields))
+    before = {name: weight.clone() for name, weight in shared.state_dict().items()}
+    assert not start_at_shares(shared, notes)
+    assert all(torch.equal(weight, before[name]) for name, weight in shared.state_dict().items())

@@ -268,6 +268,7 @@ def test_what_is_no_note_is_refused(coder, note):
         ({"evidence": "lime"}, "`evidence` must be one of label_attention"),
         ({"relative_threshold": 0}, "`relative_threshold` must lie in"),
         ({"max_length": 100}, "`max_length` must be at most 64"),
+        ({"topk": 3}, "Arguments must be among top_k, threshold, .*, got topk"),
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
 )

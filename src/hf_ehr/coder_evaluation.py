@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from .note_datasets import build_coding_examples
 from .notes import imputed_cells
 from .schema import EhrDataError, atomic_path
 from .training import CODER_FILE, NoteArguments, check_earlier_stage, predict_codes, training_notes
+from .training._runs import arguments_from
 from .training.icd_coding import CoderArguments
 
 COMPARED = ("auroc_micro", "auroc_macro", "map", "f1_micro")
@@ -178,7 +179,7 @@ def coded_rows(model: str | Path, data: NoteArguments, options: CoderArguments) 
     rows = _rivals(data, ids, truth, names)
     validation = predict_codes(coder, examples["validation"], tokenizer)
     blind = predict_codes(coder, examples["test"].remove_columns("labels"), tokenizer)
-    rows.append(CodedRow(type(coder).__name__, [validation], [_held(blind.dense(), truth["test"])]))
+    rows.append(CodedRow(type(coder).__name__, [validation], [MultilabelPredictions.of(blind.dense(), truth["test"])]))
     subjects = np.asarray(examples["test"]["subject_id"][:])
     notes = [f"{len(examples[name]):,} {name} notes" for name in examples]
     counts = np.asarray(truth["train"].sum(axis=0)).ravel()
@@ -216,7 +217,12 @@ def _rivals(data: NoteArguments, ids: Any, truth: Any, names: list[str | None]) 
         note_baselines.tfidf_logistic_regression(*parts),
     )
     return [
-        CodedRow(rival, [_held(validation, truth["validation"])], [_held(test, truth["test"])], trained=False)
+        CodedRow(
+            rival,
+            [MultilabelPredictions.of(validation, truth["validation"])],
+            [MultilabelPredictions.of(test, truth["test"])],
+            trained=False,
+        )
         for rival, (validation, test) in zip(RIVALS, scores, strict=True)
     ]
 
@@ -238,23 +244,13 @@ def _out_of_scope(data: NoteArguments, note_ids: list[str], codes: list[str]) ->
     return notes.join(counts, on="note_id", how="left", maintain_order="left")["len"].fill_null(0).to_numpy()
 
 
-def _held(scores: np.ndarray, truth: sparse.csr_array) -> MultilabelPredictions:
-    predictions = MultilabelPredictions(truth.shape[1])
-    predictions.add(scores, truth)
-    return predictions
-
-
 def _made(model: str, other_data: str | None) -> tuple[NoteArguments, CoderArguments]:
     """The notes of a coder and how it was trained; its test patients must be strangers to it."""
     path = Path(model) / CODER_FILE
     if not path.is_file():
         raise EhrDataError(f"{path} is missing. `model` must be a folder that `hf-ehr finetune ehrbert` wrote.")
     made = json.loads(path.read_text())
-    data = _from_dict(NoteArguments, made["data"])
+    data = arguments_from(NoteArguments, made["data"])
     data = data if other_data is None else replace(data, data=other_data)
     check_earlier_stage(model, data.manifest())
-    return data, _from_dict(CoderArguments, made["options"])
-
-
-def _from_dict(kind: Any, content: dict) -> Any:
-    return kind(**{item.name: content[item.name] for item in fields(kind) if item.name in content})
+    return data, arguments_from(CoderArguments, made["options"])

@@ -13,16 +13,14 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from hf_ehr import ontology
 from hf_ehr._scores import Array
+from hf_ehr.code_groups import BAND_EDGES, band_groups, chapter_groups
 from hf_ehr.code_thresholds import DECISIONS, routing_scores, tune_auto_code, tune_thresholds
 from hf_ehr.intervals import Interval, holm, verdict
 from hf_ehr.multilabel import (
-    BAND_EDGES,
     assignment_scores,
+    category_scores,
     document_scores,
-    frequency_bands,
-    hierarchical_scores,
     label_scores,
     macro_scores,
     micro_scores,
@@ -71,7 +69,7 @@ class CodingTest:
         train_counts: Training notes of each label, ``(labels,)``.
         patients: Patient of each test note, ``(notes,)``.
         out_of_scope: True codes of each test note that are no label, ``(notes,)``.
-        band_edges: As in :func:`hf_ehr.multilabel.frequency_bands`.
+        band_edges: As in :func:`hf_ehr.code_groups.band_groups`.
         groups: Further groups of labels, name → boolean ``(labels,)``.
         notes: What a reader must know about the data.
         imputed: Which true codes were carried over from other notes, 0/1 ``(notes, labels)``; None: none were.
@@ -90,14 +88,11 @@ class CodingTest:
 
     def bands(self) -> dict[str, Array]:
         """Labels of each band of training notes, from rare to frequent; empty bands are left out."""
-        names = np.array(frequency_bands(self.train_counts, self.band_edges))
-        order = dict.fromkeys(names[np.argsort(self.train_counts, kind="stable")].tolist())
-        return {f"{name} training notes": names == name for name in order}
+        return band_groups(self.train_counts, self.band_edges)
 
     def chapters(self) -> dict[str, Array]:
         """Labels of each chapter, in the order of the codes' names."""
-        names = np.array([name or "" for name in ontology.chapter(self.codes)])
-        return {name: names == name for name in sorted(set(names.tolist()) - {""})}
+        return chapter_groups(self.codes)
 
     def all_groups(self) -> dict[str, Array]:
         """Bands, chapters and the further ones."""
@@ -300,15 +295,12 @@ def _metrics(test: CodingTest) -> list[str]:
 
 def _points(test: CodingTest, predictions: MultilabelPredictions, threshold: float, labels: Any) -> dict[str, float]:
     """Figures without an interval."""
-    above = [[name] if name else [] for name in ontology.category(test.codes)]
     macro = macro_scores(labels)
     points = {name: macro[name] for name in ("f1_macro_caml", "labels_evaluated", "labels_dropped")}
     points |= provenance_scores(test, predictions, threshold)
     of_documents = predictions.confusion(threshold)[1]
     points |= document_scores(predictions, ks=(5, 8, 15)) | assignment_scores(of_documents)
-    if any(above):
-        agreement = hierarchical_scores(predictions, above, threshold)
-        points |= {f"category_{name}": value for name, value in agreement.items()}
+    points |= category_scores(predictions, test.codes, threshold)
     return {"threshold": threshold} | {name: value for name, value in points.items() if name not in HEADINGS}
 
 

@@ -7,7 +7,7 @@ and the model itself: without them a weak architecture looks like a strong pre-t
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from .reports import evaluate_rows, write_table
 from .schema import EhrDataError, atomic_path
 from .tasks.audit import OneShotTest
 from .training import FINETUNE_FILE, DataArguments, FinetuneArguments
+from .training._runs import arguments_from
 from .visualization import calibration_plot
 
 REFERENCE = "Med-BERT"
@@ -103,9 +104,9 @@ def evaluate(arguments: EvaluateArguments) -> Path:
     if not path.is_file():
         raise EhrDataError(f"{path} is missing. `model` must be a folder that `hf-ehr finetune` wrote.")
     made = json.loads(path.read_text())
-    data = _from_dict(DataArguments, made["data"])
+    data = arguments_from(DataArguments, made["data"])
     data = data if arguments.data is None else replace(data, data=arguments.data)
-    options = _from_dict(FinetuneArguments, made["options"])
+    options = arguments_from(FinetuneArguments, made["options"])
     output = Path(arguments.output)
     settings = TrainingArguments(output_dir=str(output / "untrained"), **made["training"])
     comparison = compare(data, options, settings, arguments.model)
@@ -186,7 +187,3 @@ def _rivals(data, parts, splits, tokenizer, seed: int) -> dict[str, Any]:
     table = baselines.ppmi_svd_embeddings(unlabelled, size, dim=min(60, size - 1), seed=seed)
     rows[PPMI] = baselines.ppmi_svd_lr(*examples, vocab_size=size, seed=seed, embeddings=table)
     return rows
-
-
-def _from_dict(kind: Any, content: dict) -> Any:
-    return kind(**{item.name: content[item.name] for item in fields(kind) if item.name in content})

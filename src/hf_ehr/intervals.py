@@ -7,8 +7,10 @@ metric is any ``metric(y, p, sample_weight) -> float`` of ``metrics.py`` and not
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -130,18 +132,91 @@ def crossed_bootstrap(
     Raises:
         ValueError: Shapes differ, or an argument is out of range.
     """
-    labels, (a, b), members = _checked(y, p_a, p_b, patients, n_resamples, level)
-    models = [_sorted_draws(metric, labels, draws) for draws in (a, b) if draws is not None]
-    every_row, every_draw = np.ones(len(labels)), np.ones(len(a))
+    if p_b is not None and np.shape(p_a) != np.shape(p_b):
+        raise ValueError(f"`p_a` and `p_b` must have one shape, got {np.shape(p_a)} and {np.shape(p_b)}.")
+    options: dict[str, Any] = {"n_resamples": n_resamples, "seed": seed}
+    ours, *theirs = (ResampledDraws.of(metric, y, p, patients, **options) for p in (p_a, p_b) if p is not None)
+    return ours.interval(*theirs, level=level)
 
-    def figure(weight: Array, draws: Array) -> float:
-        scores = [sum(count * model[d](weight) for d, count in _drawn(draws)) / draws.sum() for model in models]
-        return float(scores[0] - scores[1] if len(scores) == 2 else scores[0])
 
-    value = figure(every_row, every_draw)
-    drawn = resamples(members, len(a), n_resamples, seed)
-    resampled = np.array([figure(weight, draws) for weight, draws in drawn])
-    return percentile_interval(value, resampled, level, difference=b is not None)
+@dataclass(frozen=True, eq=False)
+class ResampledDraws:
+    """A metric of each draw of one model, on the data and on resampled patients.
+
+    Models of one test set share their resamples when seed, number of resamples and of draws are the same, so that any
+    two of them are compared without scoring them again.
+
+    Attributes:
+        values: On the data as they are, ``(draws,)``.
+        resampled: On each resample, ``(resamples, draws)``; 0 where ``counts`` is.
+        counts: How often each draw stands in each resample, ``(resamples, draws)``.
+    """
+
+    values: Array
+    resampled: Array
+    counts: Array
+
+    @classmethod
+    def of(
+        cls,
+        metric: Metric,
+        y: ArrayLike,
+        p: ArrayLike,
+        patients: ArrayLike,
+        *,
+        n_draws: int | None = None,
+        n_resamples: int = 1000,
+        seed: int = 0,
+    ) -> ResampledDraws:
+        """Scores a model on all resamples.
+
+        Args:
+            metric: ``metric(y, p, sample_weight)``.
+            y: Labels, ``(n,)``.
+            p: Predictions, ``(draws, n)``.
+            patients: Patient of each row, ``(n,)``.
+            n_draws: Draws of the models it is compared with: one draw then stands in all of them.
+            n_resamples: Number of resamples.
+            seed: Of the resampling.
+
+        Raises:
+            ValueError: Shapes differ, or an argument is out of range.
+        """
+        labels, draws, members = _checked(y, p, patients, n_resamples)
+        models, wanted = _sorted_draws(metric, labels, draws), n_draws or len(draws)
+        if len(draws) not in (1, wanted):
+            raise ValueError(f"`p` must have one draw or `n_draws` ({wanted}), got {len(draws)}.")
+        resampled, counts = np.zeros((n_resamples, len(draws))), np.empty((n_resamples, wanted))
+        for place, (weight, drawn) in enumerate(resamples(members, wanted, n_resamples, seed)):
+            counts[place] = drawn
+            for draw in np.flatnonzero(drawn) if len(draws) > 1 else (0,):
+                resampled[place, draw] = models[draw](weight)
+        values = np.array([model(np.ones(len(labels))) for model in models])
+        return cls(np.broadcast_to(values, wanted), np.broadcast_to(resampled, counts.shape), counts)
+
+    def interval(self, rival: ResampledDraws | None = None, *, level: float = 0.95) -> Interval:
+        """The percentile interval of the mean over the draws, or of the difference to a rival.
+
+        Raises:
+            ValueError: The rival was resampled otherwise, or ``level`` is out of range.
+        """
+        if not 0 < level < 1:
+            raise ValueError(f"`level` must be in (0, 1), got {level}.")
+        if rival is not None and not np.array_equal(self.counts, rival.counts):
+            raise ValueError("`rival` must rest on the same resamples: give both the same seed, number and draws.")
+        values = self.values if rival is None else self.values - rival.values
+        resampled = self.resampled if rival is None else self.resampled - rival.resampled
+        figures = (resampled * self.counts).sum(axis=1) / self.counts.sum(axis=1)
+        return percentile_interval(float(values.mean()), figures, level, difference=rival is not None)
+
+
+def resamples_for(comparisons: int, level: float = 0.95) -> int:
+    """Resamples that a table of so many comparisons needs, at least 1,000.
+
+    A bootstrap p-value is at least ``2 / (resamples + 1)``, and Holm's method multiplies it by the comparisons: with
+    too few resamples no difference could ever be shown, however clear. With these it falls to half of what is needed.
+    """
+    return max(1000, math.ceil(4 * comparisons / (1 - level)))
 
 
 def resamples(members: Array, n_draws: int, n_resamples: int, seed: int) -> Iterator[tuple[Array, Array]]:
@@ -190,23 +265,17 @@ def verdict(difference: Interval, minimum: float = 0.01, p_adjusted: float | Non
     return "higher" if difference.value > 0 else "lower"
 
 
-def _checked(
-    y: ArrayLike, p_a: ArrayLike, p_b: ArrayLike | None, patients: ArrayLike, n_resamples: int, level: float
-) -> tuple[Array, tuple[Array, Array | None], Array]:
+def _checked(y: ArrayLike, p: ArrayLike, patients: ArrayLike, n_resamples: int) -> tuple[Array, Array, Array]:
     """Arrays as float64 and the patients renumbered from 0."""
-    labels, a = np.asarray(y, dtype=np.float64), np.asarray(p_a, dtype=np.float64)
-    b = None if p_b is None else np.asarray(p_b, dtype=np.float64)
-    ids = np.asarray(patients)
-    if a.ndim != 2 or not a.size or a.shape[1:] != labels.shape or ids.shape != labels.shape:
+    labels, draws, ids = np.asarray(y, dtype=np.float64), np.asarray(p, dtype=np.float64), np.asarray(patients)
+    if draws.ndim != 2 or not draws.size or draws.shape[1:] != labels.shape or ids.shape != labels.shape:
         raise ValueError(
             "`p` must hold one prediction for each of the rows of `y` and `patients`, "
-            f"got shapes {a.shape[1:]}, {labels.shape} and {ids.shape}."
+            f"got shapes {draws.shape[1:]}, {labels.shape} and {ids.shape}."
         )
-    if b is not None and b.shape != a.shape:
-        raise ValueError(f"`p_a` and `p_b` must have one shape, got {a.shape} and {b.shape}.")
-    if n_resamples < 1 or not 0 < level < 1:
-        raise ValueError(f"`n_resamples` must be >= 1 and `level` in (0, 1), got {n_resamples} and {level}.")
-    return labels, (a, b), np.unique(ids, return_inverse=True)[1]
+    if n_resamples < 1:
+        raise ValueError(f"`n_resamples` must be >= 1, got {n_resamples}.")
+    return labels, draws, np.unique(ids, return_inverse=True)[1]
 
 
 def _sorted_draws(metric: Metric, y: Array, draws: Array) -> list[Callable[[Array], float]]:
@@ -218,11 +287,6 @@ def _sorted_draws(metric: Metric, y: Array, draws: Array) -> list[Callable[[Arra
         return lambda weight: metric(y_sorted, p_sorted, weight[order])
 
     return [scorer(p) for p in draws]
-
-
-def _drawn(counts: Array) -> Iterator[tuple[int, float]]:
-    """Draws that occur in a resample, and how often."""
-    return ((int(d), float(counts[d])) for d in np.flatnonzero(counts))
 
 
 def percentile_interval(value: float, resampled: Array, level: float, *, difference: bool) -> Interval:

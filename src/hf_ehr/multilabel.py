@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,12 +15,11 @@ from numpy.typing import ArrayLike
 from scipy import sparse
 
 from hf_ehr._scores import Array, sigmoid
+from hf_ehr.code_groups import BAND_EDGES, band_groups, category_of_each, chapter_groups, vocabulary_groups
 from hf_ehr.multilabel_predictions import Cells, Confusion, MultilabelPredictions, ScoreCounts
 
 KS = (5, 8, 15)
 """Cut-offs of P@k and R@k that papers print."""
-BAND_EDGES = (10, 50, 200, 1000)
-"""Upper ends of the bands of training positives; the last band is open."""
 
 
 def ranking_scores(counts: ScoreCounts) -> tuple[float, float]:
@@ -225,37 +223,6 @@ def assignment_scores(documents: Confusion) -> dict[str, float]:
     }
 
 
-def frequency_bands(training_positives: ArrayLike, edges: Sequence[int] = BAND_EDGES) -> list[str]:
-    """The band of every label by its positives in training: ``"≤10"``, ``"11–50"``, …, ``">1000"``.
-
-    BERT-XML's rare codes (Table 3) are the first band of ``edges=(1999,)``.
-
-    Raises:
-        ValueError: The edges do not ascend.
-    """
-    if list(edges) != sorted(set(edges)) or not edges:
-        raise ValueError(f"`edges` must ascend, got {list(edges)}.")
-    middle = [f"{low + 1}–{high}" for low, high in pairwise(edges)]
-    names = [f"≤{edges[0]}", *middle, f">{edges[-1]}"]
-    return [names[place] for place in np.searchsorted(edges, np.asarray(training_positives))]
-
-
-def grouped_scores(scores: LabelScores, groups: Sequence[str | None]) -> dict[str, dict[str, float]]:
-    """:func:`macro_scores` of each group of labels, in the order in which the groups occur.
-
-    Args:
-        scores: Of :func:`label_scores`.
-        groups: The group of every label, ``(labels,)``: a band, a chapter, diagnosis or procedure; None is left out.
-
-    Raises:
-        ValueError: There is not one group a label.
-    """
-    if len(groups) != len(scores.positives):
-        raise ValueError(f"`groups` must name one group a label ({len(scores.positives)}), got {len(groups)}.")
-    names = np.array([group or "" for group in groups])
-    return {name: macro_scores(scores, names == name) for name in dict.fromkeys(filter(None, groups))}
-
-
 def hierarchical_scores(
     predictions: MultilabelPredictions, ancestors: Sequence[Sequence[str]], threshold: ArrayLike
 ) -> dict[str, float]:
@@ -288,8 +255,23 @@ def hierarchical_scores(
     return result
 
 
+def category_scores(
+    predictions: MultilabelPredictions, codes: Sequence[str], threshold: ArrayLike
+) -> dict[str, float]:
+    """:func:`hierarchical_scores` on three-character categories, as ``category_*``; nothing where no code has one."""
+    above = category_of_each(codes)
+    found = hierarchical_scores(predictions, above, threshold) if any(above) else {}
+    return {f"category_{name}": value for name, value in found.items()}
+
+
 def multilabel_scores(
-    predictions: MultilabelPredictions, *, thresholds: ArrayLike | None = None, ks: Sequence[int] = KS
+    predictions: MultilabelPredictions,
+    *,
+    thresholds: ArrayLike | None = None,
+    ks: Sequence[int] = KS,
+    codes: Sequence[str] | None = None,
+    train_counts: ArrayLike | None = None,
+    band_edges: Sequence[int] = BAND_EDGES,
 ) -> dict[str, float]:
     """Every figure of a table of ICD coding, flat: micro, macro, within documents and, with thresholds, F1.
 
@@ -297,16 +279,38 @@ def multilabel_scores(
         predictions: What was predicted.
         thresholds: One, or one a label, tuned on validation (:mod:`hf_ehr.code_thresholds`).
         ks: Cut-offs of precision and recall.
+        codes: Codes of the labels, ``ICD10CM/E11.9``: adds the figures of :func:`macro_scores` for each chapter and
+            vocabulary, and :func:`category_scores` with thresholds.
+        train_counts: Training documents of each label, ``(labels,)``: adds them for each band.
+        band_edges: Upper ends of the bands.
+
+    Returns:
+        Figures by name; those of a group as ``auroc_macro (≤10 training notes)``.
 
     Raises:
-        ValueError: There are no documents.
+        ValueError: There are no documents, or there is not one code or count a label.
     """
     if not predictions.n_documents:
         raise ValueError("`predictions` must hold a document, got none. Call `add` with a batch first.")
+    groups: dict[str, Array] = {}
+    for name, values in (("codes", codes), ("train_counts", train_counts)):
+        if values is not None and len(np.asarray(values)) != predictions.n_labels:
+            raise ValueError(
+                f"`{name}` must name one a label ({predictions.n_labels}), got {len(np.asarray(values))}."
+            )
+    if train_counts is not None:
+        groups |= band_groups(train_counts, band_edges)
+    if codes is not None:
+        groups |= chapter_groups(codes) | vocabulary_groups(codes)
     labels = label_scores(predictions, thresholds)
     result = micro_scores(predictions) | macro_scores(labels, bounds=predictions.compact)
     result |= document_scores(predictions, ks=ks)
-    return result if thresholds is None else result | assignment_scores(predictions.confusion(thresholds)[1])
+    for group, members in groups.items():
+        result |= {f"{name} ({group})": value for name, value in macro_scores(labels, members).items()}
+    if thresholds is None:
+        return result
+    found = {} if codes is None else category_scores(predictions, codes, thresholds)
+    return result | assignment_scores(predictions.confusion(thresholds)[1]) | found
 
 
 def trainer_code_metrics(

@@ -75,6 +75,13 @@ class MultilabelPredictions:
         self._chunks: list[Array] = []
         self._cells: list[Cells] = []
 
+    @classmethod
+    def of(cls, scores: ArrayLike, targets: Any) -> MultilabelPredictions:
+        """Documents that are there at once; arguments as in :meth:`add`."""
+        predictions = cls(np.shape(scores)[1])
+        predictions.add(scores, targets)
+        return predictions
+
     def add(self, scores: ArrayLike, targets: Any) -> None:
         """Takes a batch of documents.
 

@@ -115,7 +115,11 @@ class ICDCodingPipeline(_Base):
         max_length: int | None = _UNSET,
         descriptions: Mapping[str, str] | None = _UNSET,
         segments_at_a_time: int = _UNSET,
+        **unknown: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        if unknown:
+            known = "top_k, threshold, evidence, max_spans, relative_threshold, max_length, descriptions, batch_size"
+            raise ValueError(f"Arguments must be among {known}, got {', '.join(unknown)}. Leave the others out.")
         for name, count in (("top_k", top_k), ("max_spans", max_spans)):
             if count is not _UNSET and count is not None and count < 1:
                 raise ValueError(f"`{name}` must be at least 1, or None for all, got {count}.")

@@ -23,9 +23,14 @@ def positional(words: list[str], name: str, example: str) -> tuple[str, list[str
     raise ValueError(f"{name} is missing. Example: {example}")
 
 
-def model_of(words: list[str], known: tuple[str, ...], example: str) -> tuple[str, list[str]]:
-    """The name of a model and the rest; the name is empty where help is asked for."""
+def model_of(command: str, words: list[str], known: tuple[str, ...], example: str) -> tuple[str, list[str]]:
+    """The name of a model and the rest. Where help is asked for without one, says which there are and exits."""
     model, rest = positional(words, "MODEL", example)
-    if model and model not in known:
+    if not model:
+        pages = "\n".join(f"  hf-ehr {command} {name} --help" for name in known)
+        print(f"usage: hf-ehr {command} MODEL [ARGUMENTS]\n\nEvery model has its own arguments:\n{pages}\n")
+        print(f"example: {example}")
+        raise SystemExit(0)
+    if model not in known:
         raise ValueError(f"MODEL must be one of {', '.join(known)}, got {model!r}. Example: {example}")
     return model, rest

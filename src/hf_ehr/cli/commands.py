@@ -18,7 +18,14 @@ from hf_ehr.attention_maps import attention_map, attention_of
 from hf_ehr.attention_page import attention_page
 from hf_ehr.cli import note_commands
 from hf_ehr.cli._arguments import model_of, parse, positional
-from hf_ehr.cli.note_commands import evaluate_coder, evaluate_evidence, fit_text_tokenizer, highlight, prepare_notes
+from hf_ehr.cli.note_commands import (
+    check_notes,
+    evaluate_coder,
+    evaluate_evidence,
+    fit_text_tokenizer,
+    highlight,
+    prepare_notes,
+)
 from hf_ehr.prepare import SourceName, format_summary
 from hf_ehr.prepare import prepare as prepare_data
 from hf_ehr.schema import shard_paths
@@ -108,7 +115,7 @@ def fit_tokenizer(words: list[str]) -> None:
 def pretrain(words: list[str]) -> None:
     """``hf-ehr pretrain MODEL --data DIR --output_dir DIR``; what follows MODEL depends on it."""
     example = "hf-ehr pretrain medbert --data data/ --output_dir model/ --preset tiny --learning_rate 3e-3"
-    model, words = model_of(words, MODELS, example)
+    model, words = model_of("pretrain", words, MODELS, example)
     if model == "ehrbert":
         return note_commands.pretrain_ehrbert(words)
     kinds = (training.DataArguments, training.PretrainArguments, TrainingArguments)
@@ -129,7 +136,7 @@ def pretrain(words: list[str]) -> None:
 def finetune(words: list[str]) -> None:
     """``hf-ehr finetune MODEL --data DIR --model DIR --output_dir DIR``; what follows MODEL depends on it."""
     example = "hf-ehr finetune medbert --data data/ --model model/ --task readmission_30d --output_dir classifier/"
-    model, words = model_of(words, MODELS, example)
+    model, words = model_of("finetune", words, MODELS, example)
     if model == "ehrbert":
         return note_commands.finetune_ehrbert(words)
     kinds = (training.DataArguments, training.FinetuneArguments, TrainingArguments)
@@ -166,7 +173,7 @@ def transfer(words: list[str]) -> None:
 def convert(words: list[str]) -> None:
     """``hf-ehr convert medbert --checkpoint FILE --vocabulary FILE --output DIR``."""
     example = "hf-ehr convert medbert --checkpoint weights.safetensors --vocabulary types.json --output model/"
-    _, words = model_of(words, ("medbert",), example)
+    _, words = model_of("convert", words, ("medbert",), example)
     (arguments,) = parse("convert medbert", example, words, convert_run.ConvertArguments)
     print(convert_run.convert(arguments))
 
@@ -208,7 +215,7 @@ def leave_ranks() -> None:
 
 
 __all__ = [
-    "Path", "attention", "convert", "evaluate", "evaluate_coder", "evaluate_evidence", "finetune",
+    "Path", "attention", "check_notes", "convert", "evaluate", "evaluate_coder", "evaluate_evidence", "finetune",
     "fit_text_tokenizer", "fit_tokenizer", "highlight", "leave_ranks", "prepare", "prepare_notes", "pretrain",
     "quickstart", "report", "transfer",
 ]  # fmt: skip

@@ -13,6 +13,7 @@ COMMANDS = {
     "fit-tokenizer": "vocabulary of the training patients → tokenizer folder",
     "prepare-notes": "raw notes and their codes → one folder of notes",
     "fit-text-tokenizer": "vocabulary of the training notes → tokenizer folder",
+    "check-notes": "copies of notes across splits, and sections that give codes or outcomes away",
     "pretrain": "records or notes → pre-trained model folder",
     "finetune": "pre-trained model + task or codes of notes → classifier or coder folder",
     "evaluate": "classifier folder → table with intervals and baselines, calibration plot, model card",

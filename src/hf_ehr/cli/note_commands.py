@@ -6,14 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import pyarrow as pa
 from transformers import TrainingArguments, pipeline
 
 from hf_ehr import coder_evaluation
 from hf_ehr.cli._arguments import parse, positional
-from hf_ehr.notes import format_notes_summary, oov_per_note
+from hf_ehr.notes import format_notes_summary, note_leakage, oov_per_note
 from hf_ehr.notes import prepare_notes as prepare
 from hf_ehr.pipelines import TASK, highlight_note
-from hf_ehr.schema import EhrDataError, shard_paths
+from hf_ehr.schema import EhrDataError, shard_paths, write_parquet
 from hf_ehr.training import (
     CODER_RECIPE,
     NOTE_RECIPE,
@@ -56,6 +57,15 @@ class TextTokenizerArguments:
 
 
 @dataclass
+class CheckNotesArguments:
+    """Arguments of `hf-ehr check-notes`, beside the notes."""
+
+    threshold: float = field(
+        default=0.8, metadata={"help": "Overlap of runs of five words from which on two notes are copies."}
+    )
+
+
+@dataclass
 class HighlightArguments:
     """Arguments of `hf-ehr highlight`."""
 
@@ -80,6 +90,22 @@ def prepare_notes(words: list[str]) -> None:
     )  # fmt: skip
     print(format_notes_summary(folder))
     print(f"\nNext: hf-ehr pretrain ehrbert --data {arguments.output} --output_dir encoder/")
+
+
+def check_notes(words: list[str]) -> None:
+    """``hf-ehr check-notes --data DIR``: copies across splits, and sections that give codes or outcomes away (L7)."""
+    example = "hf-ehr check-notes --data prepared-notes/"
+    data, arguments = parse("check-notes", example, words, NoteArguments, CheckNotesArguments)
+    ids = dict(data.splits)
+    ids["train"] = pa.concat_arrays([ids["train"], ids.pop("unlabelled", pa.array([], pa.string()))])
+    found = note_leakage(
+        {name: data.folder.notes(part, ["note_id", "text"]) for name, part in ids.items()}, arguments.threshold
+    )
+    print(found.summary())
+    if found.copies.num_rows:
+        path = Path(data.data) / "near_copies.parquet"
+        write_parquet(found.copies, path)
+        print(f"\nPairs: {path}. A figure on test notes that are copies says little: report it without them, too.")
 
 
 def fit_text_tokenizer(words: list[str]) -> None:

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from tqdm.auto import tqdm
 
 from hf_ehr.experiments.cells import Bench, Cell
 from hf_ehr.experiments.spec import DataSpec, ReportSpec
-from hf_ehr.intervals import Interval, crossed_bootstrap, holm, verdict
+from hf_ehr.intervals import Interval, ResampledDraws, holm, resamples_for, verdict
 from hf_ehr.metrics import auroc, average_precision
 from hf_ehr.reports import FEW_POSITIVES
 from hf_ehr.schema import atomic_path, shard_paths
@@ -77,25 +78,30 @@ class Report:
     missing: list[str]
 
 
-def collect(spec: ReportSpec, work: Path, failures: dict[str, str], n_resamples: int = 1000) -> Report:
+def collect(spec: ReportSpec, work: Path, failures: dict[str, str], n_resamples: int | None = None) -> Report:
     """Reads the cells, scores them on the test patients and compares what the specification compares."""
     bench = Bench(spec, work)
     entries, missing, pairs = [], [], []
-    for data, task in spec.columns():
+    places = [(data, task, size) for data, task in spec.columns() for size in spec.sizes]
+    n_resamples = n_resamples or resamples_for(len(spec.comparisons) * len(places))
+    for data, task, size in tqdm(places, desc="Intervals", unit="column"):
         truth, patients, oracle = _test(bench, data, task)
-        for size in spec.sizes:
-            draws = {row.name: _draws(bench, data, task, row, size) for row in spec.rows}
-            for name, cells in draws.items():
-                if cells is None:
-                    missing.append(f"{name}, {data.name}, {task}, {size} patients")
-                else:
-                    entries.append(_entry(data, task, size, name, cells, truth, patients, oracle, n_resamples))
-            for name, reference in spec.comparisons:
-                ours, theirs = draws[name], draws[reference]
-                if ours is not None and theirs is not None:
-                    p, q = _paired(ours["test"], theirs["test"])
-                    interval = crossed_bootstrap(auroc, truth, p, q, patients, n_resamples=n_resamples)
-                    pairs.append(((data.name, task_name(task), size, name, reference), interval, int(truth.sum())))
+        draws = {row.name: _draws(bench, data, task, row, size) for row in spec.rows}
+        missing += [f"{name}, {data.name}, {task}, {size} patients" for name, cells in draws.items() if cells is None]
+        there = {name: cells for name, cells in draws.items() if cells is not None}
+        n_draws = max((len(cells["test"]) for cells in there.values()), default=1)
+        scored = {
+            name: ResampledDraws.of(
+                auroc, truth, cells["test"], patients, n_draws=n_draws, n_resamples=n_resamples
+            )
+            for name, cells in there.items()
+        }  # fmt: skip
+        for name, cells in there.items():
+            entries.append(_entry(data, task, size, name, cells, truth, scored[name].interval(), oracle))
+        for name, reference in spec.comparisons:
+            if name in scored and reference in scored:
+                interval = scored[name].interval(scored[reference])
+                pairs.append(((data.name, task_name(task), size, name, reference), interval, int(truth.sum())))
     adjusted = holm([interval.p_value for _, interval, _ in pairs])
     differences = [
         Difference(*place, interval, p, _verdict(interval, p, positives))
@@ -146,14 +152,14 @@ def _draws(bench: Bench, data: DataSpec, task: str, row: Any, size: int | str) -
     return {name: np.stack([cell[name] for cell in cells]) for name in ("test", "n_train", "seconds")}
 
 
-def _entry(data, task, size, row, cells, truth, patients, oracle, n_resamples: int) -> Entry:
+def _entry(data, task, size, row, cells, truth, interval: Interval, oracle) -> Entry:
     scores = np.array([auroc(truth, draw) for draw in cells["test"]])
     return Entry(
         data=data.name,
         task=task_name(task),
         size=size,
         row=row,
-        auroc=crossed_bootstrap(auroc, truth, cells["test"], None, patients, n_resamples=n_resamples),
+        auroc=interval,
         sd=float(scores.std(ddof=1)) if len(scores) > 1 else math.nan,
         average_precision=float(np.mean([average_precision(truth, draw) for draw in cells["test"]])),
         n_train=float(cells["n_train"].mean()),
@@ -163,11 +169,6 @@ def _entry(data, task, size, row, cells, truth, patients, oracle, n_resamples: i
         oracle_fraction=None if oracle is None else float((scores.mean() - 0.5) / (oracle - 0.5)),
         seconds=float(cells["seconds"].mean()),
     )
-
-
-def _paired(p: np.ndarray, q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    together = np.broadcast_arrays(p, q)
-    return together[0], together[1]
 
 
 def _verdict(interval: Interval, p_adjusted: float, positives: int) -> str:

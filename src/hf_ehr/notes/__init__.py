@@ -4,6 +4,7 @@ from .cleaning import CleanedText, CleaningName, clean, clean_with_offsets
 from .corpus import FilteredNotes, filter_notes, segment_notes
 from .folder import NoteFolder
 from .labels import frequent_codes, impute_chronic_codes, imputed_cells, keep_codes, label_ids
+from .leakage import NoteLeakage, note_leakage
 from .prepare import format_notes_summary, prepare_notes
 from .tables import (
     DISTRACTOR_KINDS,
@@ -26,6 +27,7 @@ __all__ = [
     "CleaningName",
     "FilteredNotes",
     "NoteFolder",
+    "NoteLeakage",
     "OovReport",
     "clean",
     "clean_with_offsets",
@@ -38,6 +40,7 @@ __all__ = [
     "imputed_cells",
     "keep_codes",
     "label_ids",
+    "note_leakage",
     "oov_per_note",
     "prepare_notes",
     "segment_notes",

@@ -31,6 +31,7 @@ from hf_ehr.training.icd_coding import (
     fit_coder,
     new_coder,
     predict_codes,
+    start_at_shares,
     store_thresholds,
     train_coder,
     training_notes,
@@ -49,6 +50,6 @@ __all__ = [
     "DataArguments", "FinetuneArguments", "NoteArguments", "NotePretrainArguments", "PretrainArguments",
     "check_earlier_stage", "codes_in_scope", "embed", "examples_of", "finetune", "fit_classifier", "fit_coder",
     "held_out", "held_out_notes", "model_config", "new_classifier", "new_coder", "predict", "predict_codes",
-    "pretrain", "pretrain_notes", "start_from_probe", "start_from_unigram", "store_thresholds", "task_labels",
-    "task_name", "train_coder", "training_notes",
+    "pretrain", "pretrain_notes", "start_at_shares", "start_from_probe", "start_from_unigram", "store_thresholds",
+    "task_labels", "task_name", "train_coder", "training_notes",
 ]  # fmt: skip

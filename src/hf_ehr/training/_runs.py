@@ -9,9 +9,9 @@ import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +26,8 @@ from hf_ehr.tasks import SplitManifest
 
 if TYPE_CHECKING:
     import datasets
+
+T = TypeVar("T")
 
 SPLITS_FILE = "splits.json"
 PRETRAIN_FILE = "pretraining.json"
@@ -192,6 +194,12 @@ def _digest(content: bytes) -> str:
 def write_json(path: Path, content: dict) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def arguments_from(kind: type[T], content: dict[str, Any]) -> T:
+    """A dataclass from what a run wrote of it; fields of other versions are left out."""
+    known = {item.name for item in fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: value for name, value in content.items() if name in known})
 
 
 def json_options(text: str, name: str) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from hf_ehr.note_collators import NoteCodingCollator
 from hf_ehr.note_datasets import build_coding_examples
 from hf_ehr.notes import frequent_codes
 from hf_ehr.schema import EhrDataError
-from hf_ehr.training._notes import NoteArguments
+from hf_ehr.training._notes import NoteArguments, flat_column
 from hf_ehr.training._runs import (
     PREDICT_TOKENS,
     SPLITS_FILE,
@@ -200,6 +200,9 @@ def fit_coder(
 
     A run that was stopped goes on from its last checkpoint. Notes are scored, and checkpoints written, once an epoch.
 
+    A head with a bias of its own for each label starts at the labels' shares of the training notes
+    (:func:`start_at_shares`).
+
     Args:
         model: :class:`EhrBertForICDCoding`, or another that takes its batches.
         train: Of :func:`hf_ehr.note_datasets.build_coding_examples`.
@@ -208,6 +211,7 @@ def fit_coder(
         training: Settings of the run; checkpoints go to its ``output_dir``.
         patience: Epochs without a better one after which to stop; None runs all.
     """
+    start_at_shares(model, train)
     packed, selection = takes_packed(model), (training.metric_for_best_model or SELECTION).removeprefix("eval_")
     changes: dict[str, Any] = {} if packed else {"train_sampling_strategy": "group_by_length"}
     trainer = Trainer(
@@ -225,6 +229,30 @@ def fit_coder(
         callbacks=[] if patience is None else [EarlyStoppingCallback(patience)],
     )  # fmt: skip
     quiet(trainer).train(resume_from_checkpoint=last_checkpoint(training))
+
+
+@torch.no_grad()
+def start_at_shares(model: Any, train: datasets.Dataset) -> bool:
+    """Starts the bias of each label at the log odds of its share of the notes, so that no epoch goes into counting.
+
+    Label attention with one network for all labels (the paper's) has no such bias, and learns how frequent a code is
+    from its label vector.
+
+    Args:
+        model: A coder whose `head` is a linear layer, or has one as `output`.
+        train: Its training notes, with `labels`.
+
+    Returns:
+        Whether the head has a bias a label.
+    """
+    layer = model.head if isinstance(model.head, torch.nn.Linear) else model.head.output
+    if layer is None:
+        return False
+    labels = flat_column(train, "labels")
+    # Half a note more of either kind: a label that all notes have, or none has, starts at a finite bias.
+    shares = (np.bincount(labels, minlength=model.num_labels) + 0.5) / (len(train) + 1)
+    layer.bias.copy_(torch.from_numpy(np.log(shares / (1 - shares))))
+    return True
 
 
 def predict_codes(model: Any, examples: datasets.Dataset, tokenizer: Any) -> MultilabelPredictions:

@@ -31,7 +31,6 @@ from hf_ehr.experiments.spec import digest, expanded
 from hf_ehr.models.configuration_ehrtext import EhrTextConfig
 from hf_ehr.models.modeling_ehrtext import EhrTextForICDCoding
 from hf_ehr.multilabel import multilabel_scores
-from hf_ehr.multilabel_predictions import MultilabelPredictions
 from hf_ehr.note_datasets import build_coding_examples
 from hf_ehr.schema import EhrDataError, atomic_path
 from hf_ehr.training import CoderArguments, check_earlier_stage, fit_coder, new_coder, predict_codes
@@ -236,13 +235,6 @@ class CodingBench:
             )  # fmt: skip
             vectors.put_into(model)
         return model, tokenizer
-
-
-def predictions_of(scores: np.ndarray, truth: Any) -> MultilabelPredictions:
-    """Kept scores with their truth."""
-    predictions = MultilabelPredictions(scores.shape[1])
-    predictions.add(scores, truth)
-    return predictions
 
 
 def epochs_to_share(folder: Path) -> int:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hf_ehr.code_groups import BAND_EDGES
 from hf_ehr.experiments.spec import PretrainSpec, check_rows, from_content, one_of, read_yaml
-from hf_ehr.multilabel import BAND_EDGES
 from hf_ehr.schema import EhrDataError
 
 KIND = "coding"

@@ -11,9 +11,11 @@ from tqdm.auto import tqdm
 
 from hf_ehr.coding_report import DEFINITIONS, CodedRow, CodingTest, adjusted, compare_rows, score_row
 from hf_ehr.coding_tables import difference_lines, sections, write_coding_tables
-from hf_ehr.experiments.coding.cells import CodingBench, CodingCell, predictions_of
+from hf_ehr.experiments.coding.cells import CodingBench, CodingCell
 from hf_ehr.experiments.coding.materials import CodedNotes, Scope
 from hf_ehr.experiments.coding.spec import CodingData, CodingSpec
+from hf_ehr.intervals import resamples_for
+from hf_ehr.multilabel_predictions import MultilabelPredictions
 
 SYNTHETIC = (
     "**Synthetic notes**: what is shown is that the software works and finds planted evidence. Nothing clinical "
@@ -21,15 +23,14 @@ SYNTHETIC = (
 )
 
 
-def write(bench: CodingBench, failures: Mapping[str, str], folder: Path, n_resamples: int = 1000) -> list[Path]:
+def write(bench: CodingBench, failures: Mapping[str, str], folder: Path) -> list[Path]:
     """Scores all cells that are there on the test notes and writes the tables; returns the files, Markdown first."""
     spec, tested, differences, missing = bench.spec, [], [], []
+    n_resamples = resamples_for(len(spec.comparisons) * len(spec.compared) * len(spec.datasets))
     for data in spec.datasets:
         test, rows, absent = read_rows(bench, data)
         missing += absent
-        tested.append(
-            (test, [score_row(test, row, n_resamples=n_resamples) for row in tqdm(rows.values(), data.name)])
-        )
+        tested.append((test, [score_row(test, row) for row in tqdm(rows.values(), data.name)]))
         for name, reference in spec.comparisons:
             if name in rows and reference in rows:
                 pair = (rows[name], rows[reference])
@@ -63,8 +64,8 @@ def read_rows(bench: CodingBench, data: CodingData) -> tuple[CodingTest, dict[st
         kept = [np.load(path) for path in paths]
         rows[row.name] = CodedRow(
             row.name,
-            [predictions_of(one["validation"], scope.truth["validation"]) for one in kept],
-            [predictions_of(one["test"], scope.truth["test"]) for one in kept],
+            [MultilabelPredictions.of(one["validation"], scope.truth["validation"]) for one in kept],
+            [MultilabelPredictions.of(one["test"], scope.truth["test"]) for one in kept],
             float(np.mean([one["seconds"] for one in kept])),
             [int(one["epochs"]) for one in kept] if row.neural else (),
             trained=row.neural,
@@ -113,9 +114,11 @@ def _kinds(data: CodingData, codes: list[str]) -> dict[str, np.ndarray]:
 
 
 def _run_notes(spec: CodingSpec, missing: list[str], failures: Mapping[str, str], seconds: float) -> list[str]:
+    chosen = any(len(row.learning_rates) > 1 for row in spec.rows)
+    rates = "; so are learning rates, with a seed that is not shown" if chosen else ""
     notes = [
-        f"{spec.pretraining.seeds} pre-training seeds; learning rates, epochs, penalties and thresholds chosen on "
-        "validation notes, learning rates with a seed that is not shown.",
+        f"{spec.pretraining.seeds} pre-training seeds; epochs, penalties and thresholds are chosen on validation "
+        f"notes{rates}.",
         f"The rows took {seconds / 60:.0f} minutes of computing in one process each, pre-training aside.",
     ]
     notes += [f"Not run: {row.name}: {row.unset()}." for row in spec.rows if row.unset()]
