@@ -20,8 +20,10 @@ from .models.configuration_ehrfusion import EhrFusionConfig
 from .models.configuration_ehrrnn import EhrRnnConfig
 from .models.configuration_ehrseries import EhrSeriesConfig
 from .models.configuration_ehrtext import EhrTextConfig
+from .models.configuration_gbert import GBertConfig
 from .models.configuration_medbert import MedBertConfig
 from .models.configuration_medhmp import MedHMPConfig
+from .models.configuration_medmplm import MedMPLMConfig
 from .models.feature_extraction_hourly import HourlyFeatureExtractor
 from .models.modeling_ehrbert import (
     EhrBertForICDCoding,
@@ -35,6 +37,7 @@ from .models.modeling_ehrfusion import EhrFusionForSequenceClassification, EhrFu
 from .models.modeling_ehrrnn import EhrRnnForSequenceClassification, EhrRnnModel
 from .models.modeling_ehrseries import EhrSeriesForSequenceClassification, EhrSeriesModel
 from .models.modeling_ehrtext import EhrTextForICDCoding, EhrTextModel
+from .models.modeling_gbert import GBertForMedicationRecommendation, GBertForPreTraining, GBertModel
 from .models.modeling_medbert import (
     MedBertForMaskedLM,
     MedBertForPreTraining,
@@ -48,6 +51,13 @@ from .models.modeling_medhmp import (
     MedHMPForStayPreTraining,
     MedHMPModel,
     MedHMPStayModel,
+)
+from .models.modeling_medmplm import (
+    MedMPLMForICDCoding,
+    MedMPLMForMedicationRecommendation,
+    MedMPLMForPreTraining,
+    MedMPLMForReadmission,
+    MedMPLMModel,
 )
 from .models.tokenization_ehr import EhrCodeTokenizer
 from .pipelines import TASK as _ICD_CODING
@@ -98,6 +108,19 @@ AutoModelForSequenceClassification.register(
     MedHMPConfig, (MedHMPForAdmissionClassification, MedHMPForStayClassification), exist_ok=True
 )
 
+AutoConfig.register("ehr_gbert", GBertConfig, exist_ok=True)
+AutoModel.register(GBertConfig, GBertModel, exist_ok=True)
+AutoModelForPreTraining.register(GBertConfig, GBertForPreTraining, exist_ok=True)
+AutoModelForSequenceClassification.register(GBertConfig, GBertForMedicationRecommendation, exist_ok=True)
+
+AutoConfig.register("ehr_medmplm", MedMPLMConfig, exist_ok=True)
+AutoModel.register(MedMPLMConfig, MedMPLMModel, exist_ok=True)
+AutoModelForPreTraining.register(MedMPLMConfig, MedMPLMForPreTraining, exist_ok=True)
+# As above: the checkpoint's `architectures` decide between the tasks.
+AutoModelForSequenceClassification.register(
+    MedMPLMConfig, (MedMPLMForReadmission, MedMPLMForMedicationRecommendation, MedMPLMForICDCoding), exist_ok=True
+)
+
 # The library warns of a second registration, which a reload would be.
 if _ICD_CODING not in PIPELINE_REGISTRY.get_supported_tasks():
     PIPELINE_REGISTRY.register_pipeline(
@@ -124,6 +147,10 @@ __all__ = [
     "EhrTextConfig",
     "EhrTextForICDCoding",
     "EhrTextModel",
+    "GBertConfig",
+    "GBertForMedicationRecommendation",
+    "GBertForPreTraining",
+    "GBertModel",
     "HourlyFeatureExtractor",
     "ICDCodingPipeline",
     "MedBertConfig",
@@ -138,6 +165,12 @@ __all__ = [
     "MedHMPForStayPreTraining",
     "MedHMPModel",
     "MedHMPStayModel",
+    "MedMPLMConfig",
+    "MedMPLMForICDCoding",
+    "MedMPLMForMedicationRecommendation",
+    "MedMPLMForPreTraining",
+    "MedMPLMForReadmission",
+    "MedMPLMModel",
     "__version__",
     "extend_position_embeddings",
 ]
