@@ -23,6 +23,11 @@ class CodePredictionHead(nn.Module):
         return self.decoder(self.dense(states).relu())
 
 
+def predicted(heads: nn.ModuleList, states) -> torch.Tensor:
+    """What each head says of the vector that it reads → (…, heads, num_codes)."""
+    return torch.stack([head(state) for head, state in zip(heads, states, strict=True)], dim=-2)
+
+
 class CodeTargets(NamedTuple):
     """What is to be predicted of the codes of one kind; columns are ids without the special tokens."""
 

@@ -19,7 +19,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_gbert import GBertConfig
-from .modeling_code_prediction import CodePredictionHead, CodeTargets, code_prediction_loss
+from .modeling_code_prediction import CodePredictionHead, CodeTargets, code_prediction_loss, predicted
 from .modeling_gbert_layers import CodeSetEmbeddings, GBertAttention, GBertEncoder, GBertLayer
 from .modeling_heads import EhrClassifierOutput
 from .modeling_ontology import init_ontology
@@ -58,15 +58,15 @@ class GBertForPreTrainingOutput(ModelOutput):
         loss: Scalar, the sum of four losses, or `None` without labels.
         self_prediction_loss: Scalar, diagnoses from diagnoses plus medications from medications.
         dual_prediction_loss: Scalar, each from the other.
-        diagnosis_logits: Two (…, diagnoses): from diagnoses, from medications.
-        medication_logits: Two (…, medications): from diagnoses, from medications.
+        diagnosis_logits: (…, 2, diagnoses): from diagnoses, from medications.
+        medication_logits: (…, 2, medications): likewise.
     """
 
     loss: torch.Tensor | None = None
     self_prediction_loss: torch.Tensor | None = None
     dual_prediction_loss: torch.Tensor | None = None
-    diagnosis_logits: tuple[torch.Tensor, ...] | None = None
-    medication_logits: tuple[torch.Tensor, ...] | None = None
+    diagnosis_logits: torch.Tensor | None = None
+    medication_logits: torch.Tensor | None = None
 
 
 class GBertPreTrainedModel(PreTrainedModel):
@@ -199,10 +199,7 @@ class GBertForPreTraining(GBertPreTrainedModel):
         """
         encoded = self.gbert(diagnosis_ids, medication_ids, **kwargs)
         states = (encoded.diagnosis_state, encoded.medication_state)
-        logits = [
-            tuple(head(state) for head, state in zip(getattr(self, f"{kind}_heads"), states, strict=True))
-            for kind in KINDS
-        ]
+        logits = [predicted(getattr(self, f"{kind}_heads"), states) for kind in KINDS]
         outputs = GBertForPreTrainingOutput(diagnosis_logits=logits[0], medication_logits=logits[1])
         if diagnosis_labels is not None and medication_labels is not None:
             given = ((diagnosis_ids, diagnosis_labels), (medication_ids, medication_labels))
@@ -217,10 +214,10 @@ class GBertForPreTraining(GBertPreTrainedModel):
         there = [(ids != self.config.pad_token_id).any(dim=-1).flatten() for ids, _ in given]
         return [
             [
-                code_prediction_loss(scores.flatten(0, -2), targets, source)
-                for scores, source in zip(row, there, strict=True)
+                code_prediction_loss(scores.flatten(0, -2), target, source)
+                for scores, source in zip(row.unbind(-2), there, strict=True)
             ]
-            for row, targets in zip(logits, code_targets(self.config, given), strict=True)
+            for row, target in zip(logits, code_targets(self.config, given), strict=True)
         ]
 
 

@@ -93,6 +93,8 @@ class GBertEncoder(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, codes: torch.Tensor, **kwargs) -> torch.Tensor:
         """States (sets, 1 + codes, hidden) and which of the codes are there (sets, codes) → states."""
+        if not len(hidden_states):
+            return hidden_states  # a batch without any code: the library's attention takes no empty one
         keys = nn.functional.pad(codes, (1, 0), value=False)
         mask = create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=keys.long())
         for layer in self.layers:

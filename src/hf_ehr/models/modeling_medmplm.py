@@ -15,7 +15,7 @@ from torch import nn
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_medmplm import MedMPLMConfig
-from .modeling_code_prediction import CodePredictionHead, code_prediction_loss
+from .modeling_code_prediction import CodePredictionHead, code_prediction_loss, predicted
 from .modeling_cross_modal import CodeSets, CrossModal, Fused, NoteStates
 from .modeling_gbert import KINDS, GBertModel, code_targets
 from .modeling_heads import EhrClassifierOutput, PatientClassifierMixin
@@ -156,8 +156,7 @@ class MedMPLMForPreTraining(MedMPLMPreTrainedModel):
         logits = []
         for kind in KINDS:
             states = (encoded.diagnosis_state, encoded.medication_state, encoded[f"note_{kind}_state"])
-            heads = getattr(self, f"{kind}_heads")
-            logits.append(tuple(head(state) for head, state in zip(heads, states, strict=True)))
+            logits.append(predicted(getattr(self, f"{kind}_heads"), states))
         outputs = MedMPLMForPreTrainingOutput(diagnosis_logits=logits[0], medication_logits=logits[1])
         if diagnosis_labels is not None and medication_labels is not None:
             pairs = ((diagnosis_ids, diagnosis_labels), (medication_ids, medication_labels))
@@ -176,7 +175,7 @@ class MedMPLMForPreTraining(MedMPLMPreTrainedModel):
         return [
             [
                 code_prediction_loss(scores.flatten(0, -2), target, source)
-                for scores, source in zip(row, (*there, notes), strict=True)
+                for scores, source in zip(row.unbind(-2), (*there, notes), strict=True)
             ]
             for row, target in zip(logits, targets, strict=True)
         ]

@@ -57,15 +57,15 @@ class MedMPLMForPreTrainingOutput(ModelOutput):
         loss: Scalar, the sum of the two, or `None` without labels.
         text_to_code_loss: Scalar, both kinds of codes from the note.
         code_to_code_loss: Scalar, both kinds from both kinds.
-        diagnosis_logits: Three (…, diagnoses): from diagnoses, from medications, from the note.
-        medication_logits: Three (…, medications): from diagnoses, from medications, from the note.
+        diagnosis_logits: (…, 3, diagnoses): from diagnoses, from medications, from the note.
+        medication_logits: (…, 3, medications): likewise.
     """
 
     loss: torch.Tensor | None = None
     text_to_code_loss: torch.Tensor | None = None
     code_to_code_loss: torch.Tensor | None = None
-    diagnosis_logits: tuple[torch.Tensor, ...] | None = None
-    medication_logits: tuple[torch.Tensor, ...] | None = None
+    diagnosis_logits: torch.Tensor | None = None
+    medication_logits: torch.Tensor | None = None
 
 
 class MedMPLMPreTrainedModel(PreTrainedModel):

@@ -57,8 +57,9 @@ class GraphAttention(nn.Module):
         greatest = greatest.scatter_reduce(0, owners[:, None].expand(scores.shape), scores.detach(), "amax")
         weights = (scores - greatest[owners]).exp()
         weights = weights / weights.new_zeros(greatest.shape).index_add(0, owners, weights)[owners]
-        messages = weights.to(values.dtype)[..., None] * values
-        return self._output(messages.new_zeros(count, *values.shape[1:]).index_add(0, owners, messages))
+        messages = weights[..., None] * values  # in fp32: a root may have thousands of children
+        total = messages.new_zeros(count, *values.shape[1:]).index_add(0, owners, messages)
+        return self._output(total.to(values.dtype))
 
     def over_rows(self, targets: torch.Tensor, nodes: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """Each target looks at itself and at a row of nodes.
