@@ -42,7 +42,7 @@ FLOORS = (
         "tasks",
     },
     {"prepare", "datasets", "_histories", "_example_writer", "note_datasets", "_note_pairs", "stay_datasets"},
-    {"samplers", "collators", "note_collators", "stay_collators"},
+    {"samplers", "collators", "note_collators", "stay_collators", "visit_collators"},
     {
         "metrics",
         "_scores",

@@ -12,8 +12,10 @@ from tests.models.test_ehrfusion import TestEhrFusion, TestEhrFusionText
 from tests.models.test_ehrrnn import TestEhrRnn
 from tests.models.test_ehrseries import TestEhrSeries
 from tests.models.test_ehrtext import TestEhrText
+from tests.models.test_gbert import TestGBert
 from tests.models.test_medbert import TestMedBert, TestMedBertHeads, TestMedBertOptions
 from tests.models.test_medhmp import TestMedHMP
+from tests.models.test_medmplm import TestMedMPLM, TestMedMPLMCoding
 
 FAMILIES = (
     TestMedBert(),
@@ -27,6 +29,9 @@ FAMILIES = (
     TestEhrFusion(),
     TestEhrFusionText(),
     TestMedHMP(),
+    TestGBert(),
+    TestMedMPLM(),
+    TestMedMPLMCoding(),
 )
 
 
