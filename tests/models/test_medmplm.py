@@ -362,9 +362,9 @@ def test_neither_the_targets_nor_its_note_nor_the_future_are_seen(mode, visit):
     model, batch = model_of(MedMPLMForMedicationRecommendation, cross_modal=mode), visits()
     before = model(**batch).logits
     after = model(**changed_at(batch, 21, visit, own=("medication_ids", *NOTE))).logits
-    assert torch.equal(after[:, : visit + 1], before[:, : visit + 1])
+    torch.testing.assert_close(after[:, : visit + 1], before[:, : visit + 1], atol=1e-6, rtol=0)
     if visit < 2:
-        assert (after[:, visit + 1] - before[:, visit + 1]).abs().max() > 1e-6
+        assert (after[:, visit + 1] - before[:, visit + 1]).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("seen", ["augmented_dx", "full"])
@@ -374,7 +374,7 @@ def test_the_papers_forms_do_see_the_note_but_not_the_medications(seen):
     before = model(**batch).logits
     assert (model(**changed_at(batch, 21, 1, own=NOTE)).logits[:, 1] - before[:, 1]).abs().max() > 1e-5
     after = model(**changed_at(batch, 21, 1, own=("medication_ids",))).logits
-    assert torch.equal(after[:, :2], before[:, :2])
+    torch.testing.assert_close(after[:, :2], before[:, :2], atol=1e-6, rtol=0)
     narrow = {name: value[:, :2] for name, value in batch.items()}
     torch.testing.assert_close(model(**narrow).logits, before[:, :2], atol=1e-6, rtol=0)
 
@@ -409,7 +409,7 @@ def test_the_coder_has_nothing_that_reads_diagnoses_and_refuses_them(tmp_path):
     model, info = MedMPLMForICDCoding.from_pretrained(tmp_path, output_loading_info=True)
     assert not [name for name, _ in model.named_parameters() if "diagnosis" in name]
     assert info["missing_keys"] == {"classifier.weight", "classifier.bias"}
-    assert not info["unexpected_keys"]
+    assert {key.split(".")[0] for key in info["unexpected_keys"]} == {"medication_heads"}
     with pytest.raises(ValueError, match="diagnosis_ids"):
         model(**visits())
 

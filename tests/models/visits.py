@@ -129,13 +129,14 @@ class VisitSuite(FamilySuite):
             alone = self.output(head, model, {name: value[row : row + 1] for name, value in batch.items()})
             torch.testing.assert_close(alone, together[row : row + 1], atol=1e-6, rtol=0)
 
-    def test_changing_one_patient_leaves_the_others_bit_equal(self, head):
+    def test_changing_one_patient_leaves_the_others_as_they_are(self, head):
         model, batch = self.model(head), self.inputs(head)
         other = self.padded(seed=7)
         changed = {name: torch.cat([value[:1], other[name][1:2], value[2:]]) for name, value in batch.items()}
         before, after = self.output(head, model, batch), self.output(head, model, changed)
-        assert torch.equal(before[[0, 2, 3]], after[[0, 2, 3]])
-        assert not torch.equal(before[1], after[1])
+        # As many sets as there are lie in a product of matrices, which may flip the last bit.
+        torch.testing.assert_close(after[[0, 2, 3]], before[[0, 2, 3]], atol=1e-6, rtol=0)
+        assert (before[1] - after[1]).abs().max() > 1e-4
 
     def test_every_parameter_receives_a_gradient(self, head):
         model, batch = self.model(head).train(), self.batch(head)
@@ -146,7 +147,7 @@ class VisitSuite(FamilySuite):
         named = dict(model.named_parameters())
         assert not [n for n, p in named.items() if p.grad is None or not p.grad.isfinite().all()]
         # A bias of keys moves all scores alike, and a softmax takes it away.
-        assert not [n for n, p in named.items() if not p.grad.abs().sum() and "key" not in n]
+        assert not [n for n, p in named.items() if not p.grad.abs().sum() and not n.endswith(("key.bias", "key_bias"))]
 
     def test_gradient_checkpointing_gives_the_same_gradients(self, head):
         if head.hand_loss is None:

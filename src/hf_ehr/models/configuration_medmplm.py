@@ -1,4 +1,4 @@
-"""Configuration of MedM-PLM (Liu et al. 2022): codes and notes of visits, read together."""
+"""Configuration of MedM-PLM (Liu et al., IEEE JBHI 2022): codes and notes of visits, read together."""
 
 from typing import Any, ClassVar, Literal
 

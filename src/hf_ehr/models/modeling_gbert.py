@@ -60,6 +60,8 @@ class GBertForPreTrainingOutput(ModelOutput):
         dual_prediction_loss: Scalar, each from the other.
         diagnosis_logits: (…, 2, diagnoses): from diagnoses, from medications.
         medication_logits: (…, 2, medications): likewise.
+        hidden_states: As in [`GBertModel`].
+        attentions: As there.
     """
 
     loss: torch.Tensor | None = None
@@ -67,6 +69,8 @@ class GBertForPreTrainingOutput(ModelOutput):
     dual_prediction_loss: torch.Tensor | None = None
     diagnosis_logits: torch.Tensor | None = None
     medication_logits: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 class GBertPreTrainedModel(PreTrainedModel):
@@ -200,7 +204,12 @@ class GBertForPreTraining(GBertPreTrainedModel):
         encoded = self.gbert(diagnosis_ids, medication_ids, **kwargs)
         states = (encoded.diagnosis_state, encoded.medication_state)
         logits = [predicted(getattr(self, f"{kind}_heads"), states) for kind in KINDS]
-        outputs = GBertForPreTrainingOutput(diagnosis_logits=logits[0], medication_logits=logits[1])
+        outputs = GBertForPreTrainingOutput(
+            diagnosis_logits=logits[0],
+            medication_logits=logits[1],
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+        )
         if diagnosis_labels is not None and medication_labels is not None:
             given = ((diagnosis_ids, diagnosis_labels), (medication_ids, medication_labels))
             losses = self._losses(logits, given)

@@ -1,4 +1,4 @@
-"""MedM-PLM (Liu et al. 2022): codes and notes of visits, read together.
+"""MedM-PLM (Liu et al., IEEE JBHI 2022): codes and notes of visits, read together.
 
     diagnoses ──┬─ G-BERT ─▶ Z_dx ─┐                          ┌─▶ R_dx, R_rx: codes that have read the note
     medications ┘            Z_rx ─┼─ cross-modal attention ──┤
@@ -157,7 +157,12 @@ class MedMPLMForPreTraining(MedMPLMPreTrainedModel):
         for kind in KINDS:
             states = (encoded.diagnosis_state, encoded.medication_state, encoded[f"note_{kind}_state"])
             logits.append(predicted(getattr(self, f"{kind}_heads"), states))
-        outputs = MedMPLMForPreTrainingOutput(diagnosis_logits=logits[0], medication_logits=logits[1])
+        outputs = MedMPLMForPreTrainingOutput(
+            diagnosis_logits=logits[0],
+            medication_logits=logits[1],
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+        )
         if diagnosis_labels is not None and medication_labels is not None:
             pairs = ((diagnosis_ids, diagnosis_labels), (medication_ids, medication_labels))
             notes = notes_there(note_input_ids, note_attention_mask, diagnosis_ids).flatten()

@@ -59,6 +59,8 @@ class MedMPLMForPreTrainingOutput(ModelOutput):
         code_to_code_loss: Scalar, both kinds from both kinds.
         diagnosis_logits: (…, 3, diagnoses): from diagnoses, from medications, from the note.
         medication_logits: (…, 3, medications): likewise.
+        hidden_states: Of the code encoder, as in [`GBertModel`].
+        attentions: Likewise.
     """
 
     loss: torch.Tensor | None = None
@@ -66,6 +68,8 @@ class MedMPLMForPreTrainingOutput(ModelOutput):
     code_to_code_loss: torch.Tensor | None = None
     diagnosis_logits: torch.Tensor | None = None
     medication_logits: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 class MedMPLMPreTrainedModel(PreTrainedModel):
