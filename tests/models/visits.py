@@ -179,7 +179,7 @@ class VisitSuite(FamilySuite):
         model, batch = self.model(head).train(), self.batch(head)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
         first = model(**batch).loss.item()
-        for _ in range(150):
+        for _ in range(80):
             loss = model(**batch).loss
             loss.backward()
             optimizer.step()

@@ -33,6 +33,7 @@ class MedMPLMConfig(PreTrainedConfig):
             `augmented_dx`: its diagnoses have looked at it (the paper's Eq 11). `full`: its vector as well (the
             authors' code). Results of the latter two are optimistic.
         classifier_dropout: Dropout before the last layer of the tasks.
+        initializer_range: Standard deviation of starting weights of the heads; both encoders have their own.
         thresholds: Decision threshold per label name, tuned on validation, stored beside `id2label`.
 
     Example:
@@ -65,6 +66,7 @@ class MedMPLMConfig(PreTrainedConfig):
     pretraining_loss: Literal["visit_bce", "masked_ce"] = "visit_bce"
     target_text: Literal["none", "augmented_dx", "full"] = "none"
     classifier_dropout: float | int = 0.1
+    initializer_range: float = 0.02
     thresholds: dict | None = None
 
     def __post_init__(self, **kwargs):
