@@ -24,13 +24,12 @@ def visits(seed: int = 0, patients: int = 4) -> dict[str, torch.Tensor]:
     for size, width, least in ((len(DIAGNOSES), 5, 0), (NUM_DRUGS, 3, 0), (25, 6, 2)):
         ids = torch.rand(patients, 3, size, generator=generator).argsort(dim=2)[..., :width] + len(SPECIAL)
         counts = torch.randint(least, width + 1, (patients, 3, 1), generator=generator)
+        counts[:, 0] = width  # the first visit of every patient has everything
         sets.append(ids * (torch.arange(width) < counts))
     for ids in sets:
         ids[1, 2] = 0  # the second patient has two visits
     sets[2][0, 1] = 0  # a visit without a note
     sets[0][2, 1] = 0  # one without diagnoses
-    for kind in (0, 1, 2):
-        sets[kind][:, 0, 0] = 6 + kind  # the first visit of every patient has everything
     return {
         "diagnosis_ids": sets[0],
         "medication_ids": sets[1],
