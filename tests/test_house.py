@@ -41,7 +41,7 @@ FLOORS = (
         "_hourly_summary",
         "tasks",
     },
-    {"prepare", "datasets", "_histories", "_example_writer", "note_datasets", "_note_pairs", "stay_datasets"},
+    {"prepare", "datasets", "_histories", "_example_writer", "note_datasets", "_note_pairs", "entity_datasets", "stay_datasets"},
     {"samplers", "collators", "note_collators", "stay_collators", "visit_collators"},
     {
         "metrics",
@@ -56,6 +56,9 @@ FLOORS = (
         "code_embeddings",
         "word_embeddings",
         "note_baselines",
+        "recommendation",
+        "recommendation_baselines",
+        "named_entities",
         "visualization",
         "attention_maps",
         "_encoders",
