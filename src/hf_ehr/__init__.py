@@ -11,19 +11,23 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForPreTraining,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
 )
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .models.configuration_ehrbert import EhrBertConfig
+from .models.configuration_ehrconcat import EhrConcatConfig
 from .models.configuration_ehrfusion import EhrFusionConfig
 from .models.configuration_ehrrnn import EhrRnnConfig
 from .models.configuration_ehrseries import EhrSeriesConfig
+from .models.configuration_ehrtagger import EhrTaggerConfig
 from .models.configuration_ehrtext import EhrTextConfig
 from .models.configuration_gbert import GBertConfig
 from .models.configuration_medbert import MedBertConfig
 from .models.configuration_medhmp import MedHMPConfig
 from .models.configuration_medmplm import MedMPLMConfig
+from .models.configuration_visitrnn import VisitRnnConfig
 from .models.feature_extraction_hourly import HourlyFeatureExtractor
 from .models.modeling_ehrbert import (
     EhrBertForICDCoding,
@@ -33,9 +37,16 @@ from .models.modeling_ehrbert import (
     EhrBertModel,
 )
 from .models.modeling_ehrbert_embeddings import extend_position_embeddings
+from .models.modeling_ehrconcat import (
+    EhrConcatForMedicationRecommendation,
+    EhrConcatForNoteClassification,
+    EhrConcatForSequenceClassification,
+    EhrConcatModel,
+)
 from .models.modeling_ehrfusion import EhrFusionForSequenceClassification, EhrFusionModel
 from .models.modeling_ehrrnn import EhrRnnForSequenceClassification, EhrRnnModel
 from .models.modeling_ehrseries import EhrSeriesForSequenceClassification, EhrSeriesModel
+from .models.modeling_ehrtagger import EhrTaggerForTokenClassification, EhrTaggerModel
 from .models.modeling_ehrtext import EhrTextForICDCoding, EhrTextModel
 from .models.modeling_gbert import GBertForMedicationRecommendation, GBertForPreTraining, GBertModel
 from .models.modeling_medbert import (
@@ -59,6 +70,7 @@ from .models.modeling_medmplm import (
     MedMPLMForReadmission,
     MedMPLMModel,
 )
+from .models.modeling_visitrnn import VisitRnnForMedicationRecommendation, VisitRnnModel
 from .models.tokenization_ehr import EhrCodeTokenizer
 from .pipelines import TASK as _ICD_CODING
 from .pipelines import ICDCodingPipeline
@@ -121,6 +133,23 @@ AutoModelForSequenceClassification.register(
     MedMPLMConfig, (MedMPLMForReadmission, MedMPLMForMedicationRecommendation, MedMPLMForICDCoding), exist_ok=True
 )
 
+AutoConfig.register("ehr_visitrnn", VisitRnnConfig, exist_ok=True)
+AutoModel.register(VisitRnnConfig, VisitRnnModel, exist_ok=True)
+AutoModelForSequenceClassification.register(VisitRnnConfig, VisitRnnForMedicationRecommendation, exist_ok=True)
+
+AutoConfig.register("ehr_concat", EhrConcatConfig, exist_ok=True)
+AutoModel.register(EhrConcatConfig, EhrConcatModel, exist_ok=True)
+# As above: the checkpoint's `architectures` decide between the tasks.
+AutoModelForSequenceClassification.register(
+    EhrConcatConfig,
+    (EhrConcatForSequenceClassification, EhrConcatForMedicationRecommendation, EhrConcatForNoteClassification),
+    exist_ok=True,
+)
+
+AutoConfig.register("ehr_tagger", EhrTaggerConfig, exist_ok=True)
+AutoModel.register(EhrTaggerConfig, EhrTaggerModel, exist_ok=True)
+AutoModelForTokenClassification.register(EhrTaggerConfig, EhrTaggerForTokenClassification, exist_ok=True)
+
 # The library warns of a second registration, which a reload would be.
 if _ICD_CODING not in PIPELINE_REGISTRY.get_supported_tasks():
     PIPELINE_REGISTRY.register_pipeline(
@@ -135,6 +164,11 @@ __all__ = [
     "EhrBertForSequenceClassification",
     "EhrBertModel",
     "EhrCodeTokenizer",
+    "EhrConcatConfig",
+    "EhrConcatForMedicationRecommendation",
+    "EhrConcatForNoteClassification",
+    "EhrConcatForSequenceClassification",
+    "EhrConcatModel",
     "EhrFusionConfig",
     "EhrFusionForSequenceClassification",
     "EhrFusionModel",
@@ -144,6 +178,9 @@ __all__ = [
     "EhrSeriesConfig",
     "EhrSeriesForSequenceClassification",
     "EhrSeriesModel",
+    "EhrTaggerConfig",
+    "EhrTaggerForTokenClassification",
+    "EhrTaggerModel",
     "EhrTextConfig",
     "EhrTextForICDCoding",
     "EhrTextModel",
@@ -171,6 +208,9 @@ __all__ = [
     "MedMPLMForPreTraining",
     "MedMPLMForReadmission",
     "MedMPLMModel",
+    "VisitRnnConfig",
+    "VisitRnnForMedicationRecommendation",
+    "VisitRnnModel",
     "__version__",
     "extend_position_embeddings",
 ]

@@ -8,14 +8,17 @@ import json
 from tests.models.common import FIXTURES
 from tests.models.test_behrt import TestBehrt
 from tests.models.test_ehrbert import TestEhrBert
+from tests.models.test_ehrconcat import TestEhrConcat, TestNoteClassification
 from tests.models.test_ehrfusion import TestEhrFusion, TestEhrFusionText
 from tests.models.test_ehrrnn import TestEhrRnn
 from tests.models.test_ehrseries import TestEhrSeries
+from tests.models.test_ehrtagger import TestEhrTagger
 from tests.models.test_ehrtext import TestEhrText
 from tests.models.test_gbert import TestGBert
 from tests.models.test_medbert import TestMedBert, TestMedBertHeads, TestMedBertOptions
 from tests.models.test_medhmp import TestMedHMP
 from tests.models.test_medmplm import TestMedMPLM, TestMedMPLMCoding
+from tests.models.test_visitrnn import TestVisitRnn
 
 FAMILIES = (
     TestMedBert(),
@@ -32,6 +35,10 @@ FAMILIES = (
     TestGBert(),
     TestMedMPLM(),
     TestMedMPLMCoding(),
+    TestVisitRnn(),
+    TestEhrConcat(),
+    TestNoteClassification(),
+    TestEhrTagger(),
 )
 
 

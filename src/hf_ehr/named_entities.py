@@ -1,0 +1,274 @@
+"""Named entities of notes: tags and spans, strict scores with intervals over documents, and a dictionary to beat.
+
+An entity counts as found where start, end and type are all right ("strict", as i2b2-2010's exact match and seqeval's
+strict mode). Tags are IOB2: `B-x` begins an entity of type x, `I-x` goes on with one, and an `I-x` that goes on with
+nothing is no entity.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from hf_ehr._scores import Array
+from hf_ehr.intervals import Interval, percentile_interval, resamples
+
+_WORD = re.compile(r"\w+|[^\w\s]")
+
+
+class Entity(NamedTuple):
+    """Characters, or words, ``[start, end)`` of a document and what they name."""
+
+    start: int
+    end: int
+    type: str
+
+
+def words_of(text: str) -> list[tuple[int, int]]:
+    """Words and punctuation marks of a text, the units that are tagged: characters ``[start, end)`` of each.
+
+    >>> words_of("type 2 (mild)")
+    [(0, 4), (5, 6), (7, 8), (8, 12), (12, 13)]
+    """
+    return [match.span() for match in _WORD.finditer(text)]
+
+
+def entities_of_tags(tags: Sequence[str]) -> list[Entity]:
+    """The entities of a sequence of IOB2 tags, in words.
+
+    >>> entities_of_tags(["B-problem", "I-problem", "O", "I-test", "B-test", "I-problem"])
+    [Entity(start=0, end=2, type='problem'), Entity(start=4, end=5, type='test')]
+    """
+    found: list[Entity] = []
+    inside = ""
+    for place, tag in enumerate(tags):
+        if tag.startswith("B-"):
+            found.append(Entity(place, place + 1, tag[2:]))
+            inside = tag[2:]
+        elif inside and tag == f"I-{inside}":
+            found[-1] = found[-1]._replace(end=place + 1)
+        else:
+            inside = ""
+    return found
+
+
+def tags_of_entities(entities: Iterable[Entity], words: Sequence[tuple[int, int]]) -> list[str]:
+    """IOB2 tags of words, from entities in characters; a word belongs to an entity if they share a character.
+
+    Tags cannot say that entities lie in each other: of those that share a word the longest stays, of equally long ones
+    the first.
+
+    Args:
+        entities: In characters, in any order.
+        words: Characters of each word, ascending, of :func:`words_of`.
+    """
+    starts, ends = (np.array([word[side] for word in words], np.int64) for side in (0, 1))
+    tags = ["O"] * len(words)
+    for entity in sorted(entities, key=lambda one: (one.start - one.end, one.start)):
+        first = int(np.searchsorted(ends, entity.start, side="right"))
+        last = int(np.searchsorted(starts, entity.end, side="left"))
+        if first < last and set(tags[first:last]) == {"O"}:
+            tags[first:last] = [f"B-{entity.type}"] + [f"I-{entity.type}"] * (last - first - 1)
+    return tags
+
+
+class EntityCounts(NamedTuple):
+    """Entities of each document and type, ``(documents, types)`` each.
+
+    Attributes:
+        types: Names of the columns.
+        hits: In both.
+        predicted: Predicted ones.
+        present: True ones.
+    """
+
+    types: tuple[str, ...]
+    hits: Array
+    predicted: Array
+    present: Array
+
+    @classmethod
+    def of(cls, true: Sequence[Iterable[Entity]], predicted: Sequence[Iterable[Entity]]) -> EntityCounts:
+        """Counts what was found; an entity that is named twice counts once.
+
+        Raises:
+            ValueError: The documents differ in number, or there is none.
+        """
+        if len(true) != len(predicted) or not len(true):
+            raise ValueError(
+                f"`true` and `predicted` must hold the same documents, at least one, got {len(true)} and "
+                f"{len(predicted)}."
+            )
+        sets = [[set(map(tuple, document)) for document in side] for side in (true, predicted)]
+        types = tuple(sorted({entity[2] for side in sets for document in side for entity in document}))
+        both = [ours & theirs for ours, theirs in zip(*sets, strict=True)]
+        return cls(types, _counted(both, types), _counted(sets[1], types), _counted(sets[0], types))
+
+
+def _counted(documents: Sequence[set], types: Sequence[str]) -> Array:
+    counts = [Counter(entity[2] for entity in document) for document in documents]
+    return np.array([[count[kind] for kind in types] for count in counts], np.int64).reshape(len(counts), len(types))
+
+
+def entity_scores(true: Sequence[Iterable[Entity]], predicted: Sequence[Iterable[Entity]]) -> dict[str, float]:
+    """Strict precision, recall and F1 of entities, of all together (micro), of each type, and the mean over types.
+
+    Args:
+        true: Of each document.
+        predicted: Of the same documents, in the same order.
+
+    Returns:
+        ``precision``, ``recall``, ``f1``, the same followed by `` (type)``, ``f1_macro`` over the types that occur,
+        and the number of ``entities``. A ratio 0/0 is NaN; an F1 is NaN only where nothing is true or predicted.
+
+    Raises:
+        ValueError: As :meth:`EntityCounts.of`.
+    """
+    counts = EntityCounts.of(true, predicted)
+    figures = _figures(counts, np.ones((1, len(counts.hits))))
+    found = {name: float(values[0]) for name, values in figures.items()}
+    return found | {"entities": float(counts.present.sum())}
+
+
+def entity_intervals(
+    true: Sequence[Iterable[Entity]],
+    predicted: Sequence[Iterable[Entity]],
+    *,
+    rival: Sequence[Iterable[Entity]] | None = None,
+    clusters: ArrayLike | None = None,
+    n_resamples: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> dict[str, Interval]:
+    """Percentile bootstrap intervals over documents of the figures of :func:`entity_scores`.
+
+    Args:
+        true: Of each document.
+        predicted: As there.
+        rival: Of another model; the figures then are ``predicted`` minus ``rival`` on the same resampled documents.
+        clusters: Of each document, e.g. its patient; each is its own by default.
+        n_resamples: Number of resamples.
+        seed: Of the resampling.
+        level: Coverage.
+
+    Raises:
+        ValueError: As :meth:`EntityCounts.of`, or ``clusters`` differ in number.
+    """
+    models = [EntityCounts.of(true, side) for side in (predicted, rival) if side is not None]
+    members = np.unique(np.arange(len(true)) if clusters is None else np.asarray(clusters), return_inverse=True)[1]
+    if len(members) != len(true):
+        raise ValueError(f"`clusters` must name one a document ({len(true)}), got {len(members)}.")
+    drawn = (weight for weight, _ in resamples(members, 1, n_resamples, seed))
+    weights = np.stack([np.ones(len(true)), *drawn])
+    found = [_figures(counts, weights) for counts in models]
+    intervals = {}
+    for name in found[0]:
+        if all(name in figures for figures in found):
+            figure = found[0][name] - found[1][name] if rival is not None else found[0][name]
+            intervals[name] = percentile_interval(float(figure[0]), figure[1:], level, difference=rival is not None)
+    return intervals
+
+
+def _figures(counts: EntityCounts, weights: Array) -> dict[str, Array]:
+    """Name → (resamples,), documents counting as often as ``weights`` (resamples, documents) say."""
+    hits, predicted, present = (weights @ part for part in counts[1:])
+    found = _three(hits.sum(axis=1), predicted.sum(axis=1), present.sum(axis=1), "")
+    for column, kind in enumerate(counts.types):
+        found |= _three(hits[:, column], predicted[:, column], present[:, column], f" ({kind})")
+    occurs = present > 0
+    f1 = np.where(occurs, _ratio(2 * hits, predicted + present), 0.0)
+    return found | {"f1_macro": _ratio(f1.sum(axis=1), occurs.sum(axis=1))}
+
+
+def _three(hits: Array, predicted: Array, present: Array, suffix: str) -> dict[str, Array]:
+    return {
+        f"precision{suffix}": _ratio(hits, predicted),
+        f"recall{suffix}": _ratio(hits, present),
+        f"f1{suffix}": _ratio(2 * hits, predicted + present),
+    }
+
+
+def _ratio(part: Array, whole: Array) -> Array:
+    return np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=whole > 0)
+
+
+class DictionaryMatcher:
+    """Entities of the training notes, found again by their words: what a tagger has to beat.
+
+    A series of words that was an entity in at least ``min_share`` of its occurrences in the training notes is one
+    wherever it stands, of the type that it had most often. Case and white space do not matter. At each word the
+    longest known series is taken, and reading goes on behind it.
+    """
+
+    def __init__(self, known: dict[tuple[str, ...], str]):
+        self.known = known
+        self.longest = max(map(len, known), default=0)
+
+    @classmethod
+    def fit(
+        cls, texts: Sequence[str], entities: Sequence[Iterable[Entity]], *, min_share: float = 0.5
+    ) -> DictionaryMatcher:
+        """Learns from notes and their entities, in characters.
+
+        Raises:
+            ValueError: Texts and entities differ in number.
+        """
+        if len(texts) != len(entities):
+            raise ValueError(f"`entities` must hold a list for each of the {len(texts)} texts, got {len(entities)}.")
+        types: dict[tuple[str, ...], Counter[str]] = {}
+        for text, given in zip(texts, entities, strict=True):
+            words = words_of(text)
+            for entity in given:
+                inside = (word for word in words if word[0] < entity.end and word[1] > entity.start)
+                key = tuple(text[first:last].casefold() for first, last in inside)
+                if key:
+                    types.setdefault(key, Counter())[entity.type] += 1
+        everything = cls({key: count.most_common(1)[0][0] for key, count in types.items()})
+        seen: Counter[tuple[str, ...]] = Counter()
+        for text in texts:
+            seen.update(everything._occurrences([text[first:last].casefold() for first, last in words_of(text)]))
+        return cls(
+            {key: kind for key, kind in everything.known.items() if types[key].total() >= min_share * seen[key]}
+        )
+
+    def predict(self, texts: Sequence[str]) -> list[list[Entity]]:
+        """The entities of notes, in characters."""
+        return [self._predicted(text) for text in texts]
+
+    def _predicted(self, text: str) -> list[Entity]:
+        spans = words_of(text)
+        words = [text[first:last].casefold() for first, last in spans]
+        found, place = [], 0
+        while place < len(words):
+            sizes = range(min(self.longest, len(words) - place), 0, -1)
+            size = next((n for n in sizes if tuple(words[place : place + n]) in self.known), 0)
+            if size:
+                kind = self.known[tuple(words[place : place + size])]
+                found.append(Entity(spans[place][0], spans[place + size - 1][1], kind))
+            place += size or 1
+        return found
+
+    def _occurrences(self, words: Sequence[str]) -> Iterable[tuple[str, ...]]:
+        """Every place where a known series of words stands, one in another too."""
+        for place in range(len(words)):
+            for size in range(1, min(self.longest, len(words) - place) + 1):
+                key = tuple(words[place : place + size])
+                if key in self.known:
+                    yield key
+
+
+__all__ = [
+    "DictionaryMatcher",
+    "Entity",
+    "EntityCounts",
+    "entities_of_tags",
+    "entity_intervals",
+    "entity_scores",
+    "tags_of_entities",
+    "words_of",
+]
