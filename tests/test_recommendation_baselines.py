@@ -16,22 +16,34 @@ from hf_ehr.recommendation_baselines import (
     repeat_last_visit,
 )
 
-ROWS = [  # ids from 5 on are codes: 4 diagnoses, 3 drugs
-    {"subject_id": 7, "diagnosis_ids": [[5, 2], [6, 6], [8]], "medication_ids": [[5], [7], [5, 6]]},
-    {"subject_id": 3, "diagnosis_ids": [[5]], "medication_ids": [[6]]},
-    {"subject_id": 9, "diagnosis_ids": [[], [], [7]], "medication_ids": [[6], [], []]},
+
+def patient(subject: int, diagnoses: list, drugs: list, **columns) -> dict:
+    """A row whose visits are asked about from the second on; ids from 5 on are codes."""
+    asked = [number > 0 for number in range(len(drugs))]
+    targets = [[code - 5 for code in codes] if number else [] for number, codes in enumerate(drugs)]
+    row = {"subject_id": subject, "diagnosis_ids": diagnoses, "medication_ids": drugs}
+    return row | {"asked": asked, "label_ids": targets} | columns
+
+
+ROWS = [  # 4 diagnoses, 3 drugs
+    patient(7, [[5, 2], [6, 6], [8]], [[5], [7], []], label_ids=[[], [2], [0, 1, 1]]),  # nothing shown of the last
+    patient(3, [[5]], [[6]]),
+    patient(9, [[], [], [7]], [[6], [], []], asked=[True, False, True]),  # the first is never asked about
 ]
 NESTED = pa.list_(pa.list_(pa.int32()))
-SCHEMA = pa.schema({"subject_id": pa.int64(), "diagnosis_ids": NESTED, "medication_ids": NESTED})
+SCHEMA = pa.schema(
+    {"subject_id": pa.int64(), "diagnosis_ids": NESTED, "medication_ids": NESTED, "asked": pa.list_(pa.bool_()),
+     "label_ids": NESTED}
+)  # fmt: skip
 
 
 def visits(rows=ROWS, diagnoses: int = 4, drugs: int = 3) -> AskedVisits:
     return AskedVisits.of(pa.Table.from_pylist(rows, schema=SCHEMA), diagnoses + 5, drugs + 5)
 
 
-def test_visits_are_asked_about_from_the_second_on_and_know_the_earlier_ones_by_hand():
+def test_asked_visits_know_the_earlier_ones_and_their_own_diagnoses_by_hand():
     found = visits()
-    assert found.patients.tolist() == [7, 7, 9]  # an empty visit of patient 9 is not asked about
+    assert found.patients.tolist() == [7, 7, 9]
     # History of diagnoses, history of drugs, the visit's diagnoses.
     assert found.features.toarray().tolist() == [
         [*(1, 0, 0, 0), *(1, 0, 0), *(0, 1, 0, 0)],
@@ -52,26 +64,22 @@ def test_a_dataset_that_is_a_selection_gives_the_visits_of_its_rows():
 
 
 sets = st.lists(st.integers(5, 8), max_size=3)
-patients = st.lists(st.tuples(sets, sets), min_size=1, max_size=5)
+people = st.lists(st.tuples(sets, sets), min_size=1, max_size=5)
 
 
-@given(st.lists(patients, min_size=1, max_size=4), st.data())
+@given(st.lists(people, min_size=1, max_size=4), st.data())
 @settings(max_examples=60, deadline=None)
 def test_nothing_of_the_asked_visits_drugs_or_of_later_visits_is_known(cohort, data):
-    rows = [
-        {"subject_id": n, "diagnosis_ids": [dx for dx, _ in p], "medication_ids": [rx for _, rx in p]}
-        for n, p in enumerate(cohort)
-    ]
-    for row in rows:  # so that a change makes no visit come or go
-        row["diagnosis_ids"] = [[5, *codes] for codes in row["diagnosis_ids"]]
+    rows = [patient(n, [dx for dx, _ in p], [rx for _, rx in p]) for n, p in enumerate(cohort)]
     before = visits(rows, 4, 4).features.toarray()
     place = data.draw(st.integers(0, len(rows) - 1))
     visit = data.draw(st.integers(0, len(cohort[place]) - 1))
-    changed = [dict(row) for row in rows]
+    changed = list(rows)
     drugs, diagnoses = rows[place]["medication_ids"], rows[place]["diagnosis_ids"]
     later = len(drugs) - visit - 1
-    changed[place]["medication_ids"] = [*drugs[:visit], data.draw(sets), *([[8]] * later)]
-    changed[place]["diagnosis_ids"] = [*diagnoses[: visit + 1], *([[5, 8]] * later)]
+    changed[place] = patient(
+        place, [*diagnoses[: visit + 1], *([[5, 8]] * later)], [*drugs[:visit], data.draw(sets), *([[8]] * later)]
+    )
     after = visits(changed, 4, 4).features.toarray()
     first = sum(len(p) - 1 for p in cohort[:place])
     rows_of_patient = np.arange(first, first + len(cohort[place]) - 1)
@@ -85,15 +93,15 @@ def world(seed: int, n: int = 150) -> AskedVisits:
     rng = np.random.default_rng(seed)
     rows = []
     for subject in range(n):
-        row = {"subject_id": subject, "diagnosis_ids": [], "medication_ids": []}
+        history: tuple[list, list] = ([], [])
         chronic = rng.random() < 0.2
         for _ in range(rng.integers(2, 5)):
             own = (np.flatnonzero(rng.random(6) < 0.3) + 5).tolist()
             chronic = chronic or rng.random() < 0.1
             drugs = [9, *([5] if 5 in own else []), *([6] if chronic else []), *([7] if rng.random() < 0.3 else [])]
-            row["diagnosis_ids"].append(own)
-            row["medication_ids"].append(drugs)
-        rows.append(row)
+            history[0].append(own)
+            history[1].append(drugs)
+        rows.append(patient(subject, *history))
     return visits(rows, 6, 5)
 
 
@@ -172,5 +180,7 @@ def test_what_does_not_fit_is_refused():
         visits(diagnoses=3)
     with pytest.raises(ValueError, match="same visits"):
         visits([ROWS[0] | {"medication_ids": [[5]]}])
+    with pytest.raises(ValueError, match="label_ids"):
+        visits([ROWS[0] | {"label_ids": [[], [3], []]}])
     with pytest.raises(ValueError, match="train"):
         popularity(visits(ROWS[1:2]), visits(), visits())

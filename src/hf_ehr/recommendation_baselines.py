@@ -1,7 +1,7 @@
 """Baselines of medication recommendation without a neural network: the rows that every table carries beside a model.
 
-Each is ``fit_predict(train, validation, test, *, seed) -> RecommendationPredictions`` over :class:`AskedVisits`: the
-visits of patients from their second on, as the models score them. It is fitted on ``train``, its few settings are
+Each is ``fit_predict(train, validation, test, *, seed) -> RecommendationPredictions`` over :class:`AskedVisits`, the
+visits that the models score. It is fitted on ``train``, its few settings are
 chosen on ``validation``, and ``test`` is only predicted: its drugs are never read.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +17,7 @@ from scipy import sparse
 from tqdm.auto import tqdm
 
 from hf_ehr._scores import Array
+from hf_ehr.baselines import _arrow as _column
 from hf_ehr.baselines import lightgbm_counts
 from hf_ehr.note_baselines import INVERSE_PENALTIES, _mean_average_precision, _one_vs_rest, _Settings
 
@@ -59,50 +60,51 @@ class AskedVisits:
         """The asked visits of patients.
 
         Args:
-            examples: One row a patient: ``subject_id``, and ``diagnosis_ids`` and ``medication_ids``, for each visit a
-                list of ids, oldest visit first. Both have the same visits.
+            examples: Rows of :func:`hf_ehr.visit_datasets.build_visit_examples` on medication recommendation:
+                ``subject_id``, and for each visit, oldest first, ``diagnosis_ids``, ``medication_ids``, whether it is
+                ``asked`` about, and ``label_ids``, its drugs (ids without special tokens).
             diagnosis_vocab_size: Ids of diagnoses, special tokens included.
             medication_vocab_size: Ids of medications, special tokens included.
             num_special_tokens: First ids of both, which are no codes and not read.
 
         Returns:
-            The visits from each patient's second on that have any code, patient by patient.
+            The asked visits row by row; never the first of a row, which the models do not score either.
 
         Raises:
-            ValueError: An id lies outside of its vocabulary, or the two columns have other visits.
+            ValueError: An id lies outside of its vocabulary, or the columns have other visits.
         """
-        diagnoses, visits = _codes(examples, "diagnosis_ids", diagnosis_vocab_size, num_special_tokens)
-        drugs, same = _codes(examples, "medication_ids", medication_vocab_size, num_special_tokens)
-        if not np.array_equal(visits, same):
+        special = num_special_tokens
+        diagnoses, visits = _codes(examples, "diagnosis_ids", diagnosis_vocab_size, special)
+        drugs, *others = _codes(examples, "medication_ids", medication_vocab_size, special)
+        targets, labelled = _codes(examples, "label_ids", medication_vocab_size - special, 0)
+        flags = _one_chunk(_column(examples, "asked"))
+        others += [labelled, flags.value_lengths().to_numpy()]
+        if not all(np.array_equal(visits, same) for same in others):
             raise ValueError(
-                "`diagnosis_ids` and `medication_ids` must have the same visits, got others. Give an empty list where "
-                "a visit has none."
+                "`diagnosis_ids`, `medication_ids`, `asked` and `label_ids` must have the same visits, got others. "
+                "Give an empty list where a visit has none."
             )
-        patient = np.repeat(np.arange(len(visits)), visits)
-        first = (np.cumsum(visits) - visits)[patient]
-        number = np.arange(len(patient)) - first
-        there = np.diff(diagnoses.indptr) + np.diff(drugs.indptr) > 0
-        asked = np.flatnonzero((number > 0) & there)
-        earlier = _rows_before(asked, number[asked], len(patient))
+        row = np.repeat(np.arange(len(visits)), visits)
+        number = np.arange(len(row)) - (np.cumsum(visits) - visits)[row]
+        asked = np.flatnonzero((number > 0) & flags.flatten().to_numpy(zero_copy_only=False))
+        earlier = _rows_before(asked, number[asked], len(row))
         history = (earlier @ sparse.hstack([diagnoses, drugs], format="csr") > 0).astype(np.float32)
         return cls(
             features=sparse.csr_array(sparse.hstack([history, diagnoses[asked]], format="csr")),
-            drugs=drugs[asked],
+            drugs=targets[asked],
             previous=drugs[asked - 1],
-            patients=_subjects(examples)[patient[asked]],
+            patients=_column(examples, "subject_id").to_numpy()[row[asked]],
         )
 
 
 def _codes(examples: Examples, name: str, size: int, special: int) -> tuple[sparse.csr_array, Array]:
-    """Codes of all visits, 0/1 (visits, codes), and the number of visits of each patient, (patients,)."""
-    lists = examples[name] if isinstance(examples, pa.Table) else _arrow(examples, name)
-    lists = lists.combine_chunks() if isinstance(lists, pa.ChunkedArray) else lists
-    visits = lists.value_lengths().to_numpy()
+    """Codes of all visits, 0/1 (visits, codes), and the number of visits of each row, (rows,)."""
+    lists = _one_chunk(_column(examples, name))
     sets = lists.flatten()
     ids, offsets = sets.flatten().to_numpy(), np.concatenate([[0], np.cumsum(sets.value_lengths().to_numpy())])
     if len(ids) and not (ids.min() >= 0 and ids.max() < size):
         raise ValueError(
-            f"`{name}` must lie in [0, {size}), got [{ids.min()}, {ids.max()}]. Pass the size of the tokenizer that "
+            f"`{name}` must lie in [0, {size}), got [{ids.min()}, {ids.max()}]. Pass the sizes of the tokenizers that "
             "made the examples."
         )
     code = ids >= special
@@ -111,16 +113,12 @@ def _codes(examples: Examples, name: str, size: int, special: int) -> tuple[spar
     matrix = sparse.csr_array((values, ids[code].astype(np.int64) - special, kept), shape=(len(sets), size - special))
     matrix.sum_duplicates()
     matrix.data[:] = 1
-    return matrix, visits
+    return matrix, lists.value_lengths().to_numpy()
 
 
-def _arrow(dataset: Any, name: str) -> pa.ChunkedArray:
-    return dataset.select_columns([name]).with_format("arrow")[:][name]
-
-
-def _subjects(examples: Examples) -> Array:
-    column = examples["subject_id"] if isinstance(examples, pa.Table) else _arrow(examples, "subject_id")
-    return np.asarray(column.to_numpy())
+def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
+    found = column.combine_chunks()
+    return found if isinstance(found, pa.Array) else pa.concat_arrays(found.chunks)
 
 
 def _rows_before(rows: Array, count: Array, total: int) -> sparse.csr_array:
