@@ -20,7 +20,8 @@ from hf_ehr.entity_datasets import (
     predicted_entities,
     tag_names,
 )
-from hf_ehr.named_entities import DictionaryMatcher, Entity, entity_intervals, entity_scores, words_of
+from hf_ehr.entity_tags import Entity, words_of
+from hf_ehr.named_entities import DictionaryMatcher, entity_intervals, entity_scores
 from hf_ehr.notes import fit_word_tokenizer
 from hf_ehr.schema import EhrDataError
 from hf_ehr.sources.synthetic_notes import SyntheticNotesConfig, generate_notes

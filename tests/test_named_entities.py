@@ -5,16 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_ehr.named_entities import (
-    DictionaryMatcher,
-    Entity,
-    EntityCounts,
-    entities_of_tags,
-    entity_intervals,
-    entity_scores,
-    tags_of_entities,
-    words_of,
-)
+from hf_ehr.entity_tags import Entity, entities_of_tags, tags_of_entities, words_of
+from hf_ehr.named_entities import DictionaryMatcher, EntityCounts, entity_intervals, entity_scores
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Notes with named entities × tokenizer → one example per note, with the tags of its words.
 
-Words are those of :func:`hf_ehr.named_entities.words_of`. A word's tag stands at its first token; the other tokens,
+Words are those of :func:`hf_ehr.entity_tags.words_of`. A word's tag stands at its first token; the other tokens,
 and special ones, have none. A note is cut into windows of tokens, none of which is left out, so every word that the
 tokenizer does not swallow has one tag and one prediction, wherever the borders between windows fall.
 """
@@ -17,7 +17,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ._example_writer import ExampleWriter
-from .named_entities import Entity, entities_of_tags, tags_of_entities, words_of
+from .entity_tags import Entity, entities_of_tags, tags_of_entities, words_of
 from .notes.cleaning import CleaningName
 from .notes.corpus import segment_notes
 from .notes.tables import check_notes

@@ -15,7 +15,7 @@ from tests.models.test_medmplm import config as medmplm_config
 
 TAGS = ["O", "B-problem", "I-problem", "B-test", "I-test"]
 NAMES = {"id2label": dict(enumerate(TAGS)), "label2id": {tag: n for n, tag in enumerate(TAGS)}}
-TEXT = {"note_config": BertConfig(**(BERT | {"vocab_size": 50}))}
+TEXT = {"note_config": BertConfig(**(BERT | {"vocab_size": 50, "max_position_embeddings": 32}))}
 
 
 def crf(seed: int = 0, scale: float = 1.0) -> LinearChainCrf:
