@@ -52,6 +52,10 @@ FLOORS = (
         "entity_datasets",
         "entity_corpora",
         "stay_datasets",
+        "visit_datasets",
+        "_visit_shards",
+        "_visit_slots",
+        "drug_classes",
     },
     {"samplers", "collators", "note_collators", "stay_collators", "visit_collators"},
     {
@@ -109,6 +113,8 @@ MODELS_SEEN_BELOW_THE_TOP = {
     "sources": {"code_hierarchy"},
     "tasks": {"code_hierarchy"},
     "stay_datasets": {"feature_extraction_hourly"},
+    "visit_datasets": {"processing_medmplm"},
+    "drug_classes": {"code_hierarchy"},
 }
 MODELS_MAY_IMPORT = {"torch", "transformers", "tokenizers", "numpy", "huggingface_hub"} | sys.stdlib_module_names
 HEAVY = {"polars", "ibis", "datasets", "sklearn", "evaluate", "matplotlib", "lightgbm", "duckdb", "pyspark", "pyarrow"}

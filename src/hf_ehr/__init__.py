@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForPreTraining,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    AutoProcessor,
     AutoTokenizer,
 )
 from transformers.pipelines import PIPELINE_REGISTRY
@@ -71,6 +72,7 @@ from .models.modeling_medmplm import (
     MedMPLMModel,
 )
 from .models.modeling_visitrnn import VisitRnnForMedicationRecommendation, VisitRnnModel
+from .models.processing_medmplm import MedMPLMProcessor
 from .models.tokenization_ehr import EhrCodeTokenizer
 from .pipelines import TASK as _ICD_CODING
 from .pipelines import ICDCodingPipeline
@@ -124,8 +126,10 @@ AutoConfig.register("ehr_gbert", GBertConfig, exist_ok=True)
 AutoModel.register(GBertConfig, GBertModel, exist_ok=True)
 AutoModelForPreTraining.register(GBertConfig, GBertForPreTraining, exist_ok=True)
 AutoModelForSequenceClassification.register(GBertConfig, GBertForMedicationRecommendation, exist_ok=True)
+AutoProcessor.register(GBertConfig, MedMPLMProcessor, exist_ok=True)
 
 AutoConfig.register("ehr_medmplm", MedMPLMConfig, exist_ok=True)
+AutoProcessor.register(MedMPLMConfig, MedMPLMProcessor, exist_ok=True)
 AutoModel.register(MedMPLMConfig, MedMPLMModel, exist_ok=True)
 AutoModelForPreTraining.register(MedMPLMConfig, MedMPLMForPreTraining, exist_ok=True)
 # As above: the checkpoint's `architectures` decide between the tasks.
@@ -208,6 +212,7 @@ __all__ = [
     "MedMPLMForPreTraining",
     "MedMPLMForReadmission",
     "MedMPLMModel",
+    "MedMPLMProcessor",
     "VisitRnnConfig",
     "VisitRnnForMedicationRecommendation",
     "VisitRnnModel",
