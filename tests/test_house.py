@@ -43,6 +43,7 @@ FLOORS = (
     },
     {
         "prepare",
+        "_shards",
         "datasets",
         "_histories",
         "_example_writer",

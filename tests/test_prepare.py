@@ -17,9 +17,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from hf_ehr.prepare import SourceName, format_summary, prepare, sort_events, source_function
+from hf_ehr import prepare as driver
+from hf_ehr._shards import sort_events
+from hf_ehr.prepare import SourceName, format_summary, prepare, source_function
 from hf_ehr.records import assemble
 from hf_ehr.schema import EVENT_SCHEMA, KINDS, RECORD_SCHEMA, DatasetInfo, EhrDataError, shard_paths, validate_events
+from hf_ehr.sources._generated import GENERATED
 from hf_ehr.sources.engine import Engine, Source, as_labels
 from hf_ehr.sources.mimic3 import mimic3
 
@@ -251,7 +254,8 @@ def test_input_without_a_single_event_is_an_error(hospital, tmp_path):
         ("mimic3", None, None, "`input_dir` must be an existing folder, got None"),
         ("mimic3", "/nowhere", None, "`input_dir` must be an existing folder, got /nowhere"),
         ("synthetic", ".", None, "leave out `input_dir`"),
-        ("mimic5", ".", None, "`source` must be one of synthetic, mimic3"),
+        ("synthetic_text_codes", ".", None, "`synthetic_text_codes` reads nothing: leave out `input_dir`"),
+        ("mimic5", ".", None, "`source` must be one of synthetic, synthetic_text_codes, mimic3"),
         ("synthetic", None, 0, "`shards` must be at least 1, got 0"),
     ],
 )
@@ -261,8 +265,29 @@ def test_wrong_arguments_say_what_is_wrong(tmp_path, source, input_dir, shards, 
     assert not (tmp_path / "out" / "dataset.json").exists()
 
 
+@pytest.mark.parametrize("name", ["set-a.tar.xz", "SET-A.TGZ", "t.csv.gz", "t.parquet", "a.tar.bz2"])
+def test_shards_are_as_many_as_the_compressed_bytes_ask_for(hospital, tmp_path, monkeypatch, name):
+    for path in hospital.iterdir():
+        path.unlink()
+    (hospital / name).write_bytes(bytes(8_000))
+    (hospital / "plain.txt").write_bytes(bytes(20_000))  # a fifth of it
+    monkeypatch.setattr(driver, "EVENTS_PER_SHARD", 500)
+    job = driver._plan("mimic3", hospital, tmp_path / "out", "duckdb", None, {})
+    assert job["shards"] == (8_000 + 20_000 / 5) / 8 / 500
+
+
+def test_the_options_of_a_generated_world_are_checked_before_the_work(tmp_path):
+    for source in GENERATED:
+        with pytest.raises(ValueError, match="`patients` must be"):
+            prepare(source, None, tmp_path / "out", progress=False, options={"patients": 0})
+    assert not (tmp_path / "out").exists()
+    job = driver._plan("synthetic_text_codes", None, tmp_path, "duckdb", None, {"patients": 86_000})
+    assert job["shards"] == 2
+
+
 def test_every_named_source_has_a_function_of_its_name():
-    names = [name for name in get_args(SourceName) if name != "synthetic"]
+    names = [name for name in get_args(SourceName) if name not in GENERATED]
+    assert len(names) == len(get_args(SourceName)) - len(GENERATED)
     assert [source_function(name).__name__ for name in names] == names
 
 
