@@ -203,7 +203,7 @@ def _ranked(predictions: MultilabelPredictions) -> _Parts:
 
 def _sets(truth: Array, proposed: Array) -> _Parts:
     """Agreement of the sets, and their sizes."""
-    hits, ours, theirs = ((part).sum(axis=1).astype(float) for part in (truth & proposed, proposed, truth))
+    hits, ours, theirs = (part.sum(axis=1).astype(float) for part in (truth & proposed, proposed, truth))
     ones, either = np.ones(len(truth)), ours + theirs - hits
     return {
         "jaccard_samples": (_or_one(hits, either), ones),

@@ -238,6 +238,16 @@ def test_trained_encoders_are_taken_over_whatever_head_they_had(codes, from_fold
     assert {name for name, weight in again.named_parameters() if not weight.requires_grad} == frozen
 
 
+def test_of_a_trained_g_bert_the_medications_alone_are_kept_where_diagnoses_are_predicted(tmp_path):
+    trained = GBertForPreTraining(gbert_config())
+    model = EhrConcatForSequenceClassification.from_encoders(code_encoder=trained, read_diagnoses=False)
+    assert not [name for name in model.state_dict() if "diagnosis" in name]
+    assert model.classifier.in_features == 16
+    model.save_pretrained(tmp_path)
+    _, info = AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
 def test_an_encoder_of_another_kind_is_refused(tmp_path):
     BertModel(BertConfig(**BERT)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="code_encoder"):
