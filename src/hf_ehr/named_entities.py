@@ -45,14 +45,14 @@ class EntityCounts(NamedTuple):
                 f"`true` and `predicted` must hold the same documents, at least one, got {len(true)} and "
                 f"{len(predicted)}."
             )
-        sets = [[set(map(tuple, document)) for document in side] for side in (true, predicted)]
-        types = tuple(sorted({entity[2] for side in sets for document in side for entity in document}))
+        sets = [[{Entity(*one) for one in document} for document in side] for side in (true, predicted)]
+        types = tuple(sorted({entity.type for side in sets for document in side for entity in document}))
         both = [ours & theirs for ours, theirs in zip(*sets, strict=True)]
         return cls(types, _counted(both, types), _counted(sets[1], types), _counted(sets[0], types))
 
 
-def _counted(documents: Sequence[set], types: Sequence[str]) -> Array:
-    counts = [Counter(entity[2] for entity in document) for document in documents]
+def _counted(documents: Sequence[set[Entity]], types: Sequence[str]) -> Array:
+    counts = [Counter(entity.type for entity in document) for document in documents]
     return np.array([[count[kind] for kind in types] for count in counts], np.int64).reshape(len(counts), len(types))
 
 

@@ -390,6 +390,8 @@ def test_the_cnn_has_500_filters_of_4_words_and_takes_their_maxima_over_words_al
         (lambda: model_of(EhrConcatForNoteClassification, "note", problem_type=None), "2 labels"),
         (lambda: model_of(EhrConcatForNoteClassification, "gbert"), "note_config"),
         (lambda: model_of(EhrConcatModel, "note")(diagnosis_ids=torch.ones(1, 1).long()), "note_input_ids"),
+        (lambda: model_of(EhrConcatModel, "gbert")(medication_ids=torch.ones(1, 1).long()), "diagnosis_ids"),
+        (lambda: model_of(EhrConcatModel, "medbert")(medication_ids=torch.ones(1, 1).long()), "diagnosis_ids"),
     ],
 )
 def test_what_does_not_fit_is_refused(make, message):

@@ -115,16 +115,16 @@ class EhrConcatConfig(PreTrainedConfig):
 
     def validate_maps(self):
         """Med-BERT's ids of all codes are there, inside its vocabulary."""
+        size = getattr(self.medbert_config, "vocab_size", 0)
         for name in ("diagnosis_map", "medication_map"):
             ids = getattr(self, name)
             if (ids is None) != (self.medbert_config is None):
                 raise ValueError(
                     f"`{name}` must be given with `medbert_config`, and only with it. Make it with `code_maps`."
                 )
-            if ids is not None and not all(0 <= index < self.medbert_config.vocab_size for index in ids):
+            if ids is not None and not all(0 <= index < size for index in ids):
                 raise ValueError(
-                    f"`{name}` must hold ids in [0, {self.medbert_config.vocab_size}), the vocabulary of Med-BERT. "
-                    "Make it with `code_maps`."
+                    f"`{name}` must hold ids in [0, {size}), the vocabulary of Med-BERT. Make it with `code_maps`."
                 )
 
 

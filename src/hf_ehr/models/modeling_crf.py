@@ -8,6 +8,7 @@ best sequence is looked for.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ FORBIDDEN = -1e4
 """Added to a score that must not be; finite, so that a sequence is found where all are forbidden."""
 
 
-def iob2_rules(tags: Mapping[int, str]) -> tuple[list[list[float]], list[float]]:
+def iob2_rules(tags: Mapping[Any, str]) -> tuple[list[list[float]], list[float]]:
     """What may follow what under IOB2: `I-x` only `B-x` or `I-x`, and it begins nothing. Other names are free.
 
     Args:
@@ -41,7 +42,7 @@ class LinearChainCrf(nn.Module):
         tags: Name of each tag, as `config.id2label`.
     """
 
-    def __init__(self, tags: Mapping[int, str]):
+    def __init__(self, tags: Mapping[Any, str]):
         super().__init__()
         self.rules = iob2_rules(tags)
         self.transitions = nn.Parameter(torch.empty(len(tags), len(tags)))

@@ -62,7 +62,7 @@ class EhrConcatNoteOutput(ModelOutput):
 class EhrConcatPreTrainedModel(MedMPLMPreTrainedModel):
     """The frozen layers of the text encoder are MedM-PLM's; here either encoder may be missing."""
 
-    config: EhrConcatConfig
+    config: EhrConcatConfig  # type: ignore[assignment]
     base_model_prefix = "model"
     _no_split_modules = ["CodeSetEmbeddings", "GBertLayer", "EhrLayer"]  # noqa: RUF012 - library's form
 
@@ -88,14 +88,15 @@ class EhrConcatPreTrainedModel(MedMPLMPreTrainedModel):
             codes = _opened_codes(code_encoder)
             fields["gbert_config" if isinstance(codes, GBertModel) else "medbert_config"] = codes.config
         model = cls(EhrConcatConfig(**fields))
+        base: Any = model.base_model
         if note is not None:
-            model.base_model.note_encoder = note
+            base.note_encoder = note
         if isinstance(codes, MedBertModel):
-            model.base_model.code_encoder.medbert = codes
+            base.code_encoder.medbert = codes
         elif codes is not None:
-            if model.base_model.code_encoder.diagnosis_embeddings is None:
+            if base.code_encoder.diagnosis_embeddings is None:
                 codes.diagnosis_embeddings = None
-            model.base_model.code_encoder = codes
+            base.code_encoder = codes
         model.tie_weights()
         return model
 
@@ -129,8 +130,9 @@ class EhrConcatModel(EhrConcatPreTrainedModel):
             raise ValueError("`config` must name an encoder, got none. Give `note_config`, or one of codes.")
         if config.note_config is not None:
             self.note_encoder = new_note_encoder(config.note_config, config.note_pooling)
-        if config.gbert_config is not None:
-            self.code_encoder = GBertModel(config.gbert_config, config.read_diagnoses)
+        gbert: Any = config.gbert_config
+        if gbert is not None:
+            self.code_encoder = GBertModel(gbert, config.read_diagnoses)
         if config.medbert_config is not None:
             self.code_encoder = MedBertOfVisits(config)
         self.post_init()
@@ -149,11 +151,16 @@ class EhrConcatModel(EhrConcatPreTrainedModel):
             **kwargs: Not read.
 
         Raises:
-            ValueError: The model reads notes and none are given.
+            ValueError: The model reads notes, or diagnoses, and none are given.
         """
         outputs = EhrConcatModelOutput()
         if self.note_encoder is not None:
             outputs.note_state = self.notes(note_input_ids, note_attention_mask)
+        if self.code_encoder is not None and self.config.read_diagnoses and diagnosis_ids is None:
+            raise ValueError(
+                "`diagnosis_ids` must be given to a model that reads diagnoses, got None. Make it with "
+                "`read_diagnoses=False` where they are what is predicted."
+            )
         if isinstance(self.code_encoder, MedBertOfVisits):
             outputs.code_state = self.code_encoder.admissions(diagnosis_ids, medication_ids)
         elif self.code_encoder is not None:

@@ -197,7 +197,8 @@ class EhrTaggerForTokenClassification(EhrTaggerPreTrainedModel):
         self.num_labels = len(config.id2label or ())
         self.model = EhrTaggerModel(config)
         self.classifier = nn.Linear(2 * config.hidden_size, self.num_labels)
-        self.crf = LinearChainCrf(config.id2label or {})
+        tags: Any = config.id2label or {}
+        self.crf = LinearChainCrf(tags)
         self.post_init()
 
     @can_return_tuple
