@@ -27,7 +27,6 @@ class VisitReading:
 
     Attributes:
         max_visits: Most visits of a row; older ones go first.
-        max_codes: Most codes of a set; those of lowest priority go first (MedM-PLM's 60 and ``[CLS]``).
         note_category: Category of the note of a visit, its last one (``Discharge summary``; case does not matter).
             None: the last of each category, the newest first, so that what is cut off a long text is the oldest.
         notes_of_the_day: Whether notes of a visit that are known by date only count as written at a prediction time on
@@ -38,15 +37,13 @@ class VisitReading:
     """
 
     max_visits: int = 10
-    max_codes: int = 60
     note_category: str | None = None
     notes_of_the_day: bool = False
     target_text: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("max_visits", 2), ("max_codes", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
+        if self.max_visits < 2:
+            raise ValueError(f"`max_visits` must be at least 2, a visit and one before it, got {self.max_visits}.")
 
 
 @dataclass(frozen=True)

@@ -185,7 +185,7 @@ class _Builder:
         for name, tokenizer in self.tokenizers.items():
             codes, lengths = shard.known_codes(name, slots)
             encoded = tokenizer.encode_column(
-                codes, lengths, np.ones(len(slots), np.int64), max_length=self.reading.max_codes
+                codes, lengths, np.ones(len(slots), np.int64), max_length=self.processor.max_codes
             )
             columns[f"{name}_ids"] = _lists(bounds, _lists(encoded.offsets, encoded.input_ids))
         if self.reads_notes:

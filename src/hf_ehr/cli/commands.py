@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
-import pyarrow.parquet as pq
 import torch
-from transformers import AutoModel, AutoTokenizer, TrainingArguments
+from transformers import TrainingArguments
 
 from hf_ehr import convert as convert_run
 from hf_ehr import evaluation, experiments, training
 from hf_ehr import quickstart as quickstart_run
 from hf_ehr import transfer as transfer_run
-from hf_ehr.attention_maps import attention_map, attention_of
-from hf_ehr.attention_page import attention_page
-from hf_ehr.cli import note_commands
+from hf_ehr.cli import note_commands, visit_commands
 from hf_ehr.cli._arguments import model_of, parse, positional
+from hf_ehr.cli.figure_commands import attention, embedding_map
 from hf_ehr.cli.note_commands import (
     check_notes,
     evaluate_coder,
@@ -26,14 +23,15 @@ from hf_ehr.cli.note_commands import (
     highlight,
     prepare_notes,
 )
+from hf_ehr.cli.visit_commands import map_drugs
 from hf_ehr.prepare import SourceName, format_summary
 from hf_ehr.prepare import prepare as prepare_data
-from hf_ehr.schema import shard_paths
 from hf_ehr.training._runs import json_options
 from hf_ehr.vocabulary import coverage
 from hf_ehr.vocabulary import fit_tokenizer as fit
 
-MODELS = ("medbert", "ehrbert")
+MODELS = ("medbert", "ehrbert", "medmplm", "gbert")
+VISIT_MODELS = ("medmplm", "gbert")
 PRETRAIN_DEFAULTS = {  # section "Pretraining" of the Med-BERT paper, but for steps and warm-up that fit any data
     "learning_rate": 5e-5, "weight_decay": 0.01, "adam_epsilon": 1e-6, "warmup_steps": 0.1, "num_train_epochs": 10.0,
     "logging_steps": 50, "save_total_limit": 2,
@@ -72,18 +70,6 @@ class TokenizerArguments:
     behrt: bool = field(default=False, metadata={"help": "BEHRT's input: [CLS], [SEP] after each visit, and ages."})
 
 
-@dataclass
-class AttentionArguments:
-    """Arguments of `hf-ehr attention`."""
-
-    model: str = field(metadata={"help": "Folder or Hub id of a Med-BERT."})
-    data: str = field(metadata={"help": "Prepared folder."})
-    output: str = field(metadata={"help": "Folder for attention.png and attention.html: patient data, keep it so."})
-    row: int = field(default=0, metadata={"help": "Which patient: row of the records, counted from 0."})
-    layer: int | None = field(default=None, metadata={"help": "Layer of the figure, from 1; layer means by default."})
-    head: int | None = field(default=None, metadata={"help": "Head of that layer, from 1; all when left out."})
-
-
 def prepare(words: list[str]) -> None:
     """``hf-ehr prepare SOURCE --input DIR --output DIR``."""
     example = "hf-ehr prepare mimic4 --input mimic-iv/ --output data/"
@@ -118,6 +104,8 @@ def pretrain(words: list[str]) -> None:
     model, words = model_of("pretrain", words, MODELS, example)
     if model == "ehrbert":
         return note_commands.pretrain_ehrbert(words)
+    if model in VISIT_MODELS:
+        return visit_commands.pretrain(model, words)
     kinds = (training.DataArguments, training.PretrainArguments, TrainingArguments)
     data, options, arguments = parse("pretrain medbert", example, words, *kinds, defaults=PRETRAIN_DEFAULTS)
     figures = training.pretrain(data, options, arguments)
@@ -139,6 +127,8 @@ def finetune(words: list[str]) -> None:
     model, words = model_of("finetune", words, MODELS, example)
     if model == "ehrbert":
         return note_commands.finetune_ehrbert(words)
+    if model in VISIT_MODELS:
+        return visit_commands.finetune(model, words)
     kinds = (training.DataArguments, training.FinetuneArguments, TrainingArguments)
     data, options, arguments = parse("finetune medbert", example, words, *kinds, defaults=FINETUNE_DEFAULTS)
     folder = training.finetune(data, options, arguments)
@@ -178,29 +168,6 @@ def convert(words: list[str]) -> None:
     print(convert_run.convert(arguments))
 
 
-def attention(words: list[str]) -> None:
-    """``hf-ehr attention --model DIR --data DIR --output DIR``."""
-    example = "hf-ehr attention --model classifier/ --data data/ --output attention/"
-    (arguments,) = parse("attention", example, words, AttentionArguments)
-    model = AutoModel.from_pretrained(arguments.model)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    view = attention_of(model, tokenizer, _record(arguments.data, arguments.row))
-    output = Path(arguments.output)
-    attention_map(view, output / "attention.png", layer=arguments.layer, head=arguments.head)
-    attention_page(view, output / "attention.html")
-    print(f"Written: {output / 'attention.png'}, {output / 'attention.html'}. Both show a patient: keep them as such.")
-
-
-def _record(data: str, row: int) -> dict:
-    """One record by its place."""
-    for path in shard_paths(data, "records"):
-        rows = pq.read_metadata(path).num_rows
-        if 0 <= row < rows:
-            return pq.read_table(path).slice(row, 1).to_pylist()[0]
-        row -= rows
-    raise ValueError("`row` must be a row of the records, from 0. Choose a smaller one.")
-
-
 def quickstart(words: list[str]) -> None:
     """``hf-ehr quickstart --output DIR``."""
     example = "hf-ehr quickstart --output quickstart-output"
@@ -215,7 +182,7 @@ def leave_ranks() -> None:
 
 
 __all__ = [
-    "Path", "attention", "check_notes", "convert", "evaluate", "evaluate_coder", "evaluate_evidence", "finetune",
-    "fit_text_tokenizer", "fit_tokenizer", "highlight", "leave_ranks", "prepare", "prepare_notes", "pretrain",
-    "quickstart", "report", "transfer",
+    "attention", "check_notes", "convert", "embedding_map", "evaluate", "evaluate_coder", "evaluate_evidence",
+    "finetune", "fit_text_tokenizer", "fit_tokenizer", "highlight", "leave_ranks", "map_drugs", "prepare", "prepare_notes",
+    "pretrain", "quickstart", "report", "transfer",
 ]  # fmt: skip

@@ -10,6 +10,7 @@ from hf_ehr.version import __version__
 
 COMMANDS = {
     "prepare": "raw tables → events and records, one folder that everything else reads",
+    "map-drugs": "prepared folder + table of drugs → the same with ATC classes for medications",
     "fit-tokenizer": "vocabulary of the training patients → tokenizer folder",
     "prepare-notes": "raw notes and their codes → one folder of notes",
     "fit-text-tokenizer": "vocabulary of the training notes → tokenizer folder",
@@ -22,7 +23,8 @@ COMMANDS = {
     "highlight": "coder folder + one note → its codes and what they rest on, as an HTML page",
     "report": "YAML file of rows × tasks × sizes → table, figures and comparisons of a whole experiment",
     "transfer": "checkpoint + another tokenizer → checkpoint with that vocabulary",
-    "attention": "checkpoint + one patient → attention figure and HTML page",
+    "attention": "checkpoint + one patient or visit → attention figure and HTML page",
+    "embedding-map": "checkpoint → its code embeddings in two dimensions by chapter, CSV and figure",
     "convert": "weights in the authors' layout → model folder, proved equal",
     "quickstart": "all of it on synthetic patients, or on your tables with --source",
 }

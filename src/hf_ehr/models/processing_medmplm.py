@@ -14,7 +14,6 @@ from transformers import BatchFeature, ProcessorMixin
 
 from .tokenization_ehr import EhrCodeTokenizer
 
-MAX_CODES = 60
 NOTES = "note_tokenizer"
 
 
@@ -30,6 +29,8 @@ class MedMPLMProcessor(ProcessorMixin):
 
     diagnosis_tokenizer: EhrCodeTokenizer
     medication_tokenizer: EhrCodeTokenizer
+    max_codes = 60
+    """Codes of a set that are read; the authors' 61 places hold `[CLS]` too."""
 
     def __init__(
         self,
@@ -141,15 +142,15 @@ class MedMPLMProcessor(ProcessorMixin):
         batch = {}
         for name, tokenizer in self.code_tokenizers.items():
             rows = [{"visits": [{kind: visit.get(kind) or () for kind in tokenizer.kinds}]} for visit in visits]
-            ids = tokenizer.encode_patients(rows, max_length=MAX_CODES)["input_ids"]
+            ids = tokenizer.encode_patients(rows, max_length=self.max_codes)["input_ids"]
             batch[f"{name}_ids"] = _padded(ids, tokenizer.pad_token_id)
         texts = [(visit.get("note") or "").strip() for visit in visits]
         if self.note_tokenizer is None:
             if any(texts):
                 raise ValueError("`note` must be left out: the processor has no `note_tokenizer`. Make it with one.")
             return batch
-        ids = iter(self.note_ids([text for text in texts if text]))
-        tokens = [next(ids) if text else [] for text in texts]
+        found = iter(self.note_ids([text for text in texts if text]))
+        tokens = [next(found) if text else [] for text in texts]
         mask = _padded([[1] * len(each) for each in tokens], 0)
         return batch | {
             "note_input_ids": _padded(tokens, self.note_tokenizer.pad_token_id),

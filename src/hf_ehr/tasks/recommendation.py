@@ -116,7 +116,7 @@ def _report(task: str, labels: pa.Table, excluded: Counter[str]) -> dict:
     codes = pl.Series("code", pl.from_arrow(labels["codes"].combine_chunks().flatten()))
     warnings = []
     if task == MEDICATION_RECOMMENDATION:
-        unmapped = float((~codes.str.starts_with("ATC/")).mean() or 0)
+        unmapped = (~codes.str.starts_with("ATC/")).sum() / max(len(codes), 1)
         if unmapped:
             warnings.append(
                 f"{unmapped:.1%} of the medications are not in ATC. Map them with `hf-ehr map-drugs`, or read the "
