@@ -183,6 +183,6 @@ def leave_ranks() -> None:
 
 __all__ = [
     "attention", "check_notes", "convert", "embedding_map", "evaluate", "evaluate_coder", "evaluate_evidence",
-    "finetune", "fit_text_tokenizer", "fit_tokenizer", "highlight", "leave_ranks", "map_drugs", "prepare", "prepare_notes",
-    "pretrain", "quickstart", "report", "transfer",
+    "finetune", "fit_text_tokenizer", "fit_tokenizer", "highlight", "leave_ranks", "map_drugs", "prepare",
+    "prepare_notes", "pretrain", "quickstart", "report", "transfer",
 ]  # fmt: skip
