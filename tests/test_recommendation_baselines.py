@@ -63,6 +63,30 @@ def test_a_dataset_that_is_a_selection_gives_the_visits_of_its_rows():
     assert np.array_equal(found.features.toarray(), visits([ROWS[2], ROWS[0]]).features.toarray())
 
 
+def test_models_are_trained_and_read_on_the_same_visits_in_the_same_order():
+    import datasets
+    import torch
+
+    from hf_ehr import VisitRnnConfig, VisitRnnForMedicationRecommendation
+    from hf_ehr.training._visit_fitting import asked_visits, predict_visits
+
+    rows = [row | {"visit_ids": list(range(len(row["asked"])))} for row in (ROWS[0], ROWS[0] | {"subject_id": 4})]
+    examples = datasets.Dataset.from_list(rows)
+    mine, theirs = AskedVisits.of(examples, 9, 8), asked_visits(examples, 3)
+    assert mine.patients.tolist() == theirs.subject_ids.tolist()
+    assert np.array_equal(mine.drugs.toarray(), theirs.truth)
+    assert np.array_equal(mine.previous.toarray(), theirs.previous)
+    torch.manual_seed(0)
+    names = {"id2label": {0: "a", 1: "b", 2: "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
+    sizes = {"diagnosis_vocab_size": 9, "medication_vocab_size": 8, "initializer_range": 1.0}
+    model = VisitRnnForMedicationRecommendation(VisitRnnConfig.tiny(**sizes, **names)).eval()
+    found = predict_visits(model, examples)
+    diagnoses, drugs = torch.tensor([[[5, 2], [6, 6], [8, 0]]]), torch.tensor([[[5], [7], [0]]])
+    with torch.no_grad():
+        expected = model(diagnoses, drugs).logits[0, 1:].sigmoid().numpy()
+    np.testing.assert_allclose(found, np.concatenate([expected, expected]), atol=1e-6)
+
+
 sets = st.lists(st.integers(5, 8), max_size=3)
 people = st.lists(st.tuples(sets, sets), min_size=1, max_size=5)
 
