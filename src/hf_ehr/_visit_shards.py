@@ -115,6 +115,7 @@ class Shard:
         """``slot``, ``time``, ``category``, ``text``: the last note of each category, the newest first."""
         limits = slots.select("visit", "own", limit="time").with_row_index("slot")
         notes = limits.join(self.notes, on="visit")
+        notes = notes.with_columns(pl.col("category").str.strip_chars().str.to_lowercase())
         known = pl.col("time") <= pl.col("limit")
         if reading.notes_of_the_day:
             day = pl.col("limit") - pl.col("limit") % DAY
@@ -122,28 +123,30 @@ class Shard:
         known = pl.when("own").then(pl.lit(reading.target_text)).otherwise(known)
         known &= pl.col("text").str.strip_chars().str.len_bytes() > 0
         if reading.note_category is not None:
-            name = reading.note_category.strip().lower()
-            known &= pl.col("category").str.strip_chars().str.to_lowercase() == name
+            known &= pl.col("category") == reading.note_category.strip().lower()
         order = {"slot": False, "time": True, "category": False, "text": False}
         notes = notes.filter(known).sort(list(order), descending=list(order.values()))
         return notes.unique(["slot", "category"], keep="first", maintain_order=True)
 
     def settled(self) -> pl.DataFrame:
-        """``visits`` with ``settled``, when the last of its codes and notes became known, and ``holds``: has any.
+        """``visits`` with three columns more, of all that a visit has.
 
-        A visit without any was settled before all time.
+        Returns:
+            ``settled``, when the last of its codes and notes became known (before all time where it has none);
+            ``coded``, whether it has a code; and ``holds``, whether it has a code or a note.
         """
-        settled, holds = np.full(len(self.visit_ids), np.iinfo(np.int64).min), np.zeros(len(self.visit_ids), bool)
-        known = [
-            (np.repeat(np.arange(len(holds)), np.diff(history.code_offsets)), history.available)
-            for history in self.histories.values()
-        ]
-        known.append((self.notes["visit"].to_numpy(), self.notes["time"].to_numpy()))
-        for owner, times in known:
-            np.maximum.at(settled, owner, times)
-            holds[owner] = True
+        settled = np.full(len(self.visit_ids), np.iinfo(np.int64).min)
+        coded = np.zeros(len(self.visit_ids), bool)
+        for history in self.histories.values():
+            owner = np.repeat(np.arange(len(coded)), np.diff(history.code_offsets))
+            np.maximum.at(settled, owner, history.available)
+            coded[owner] = True
+        noted = self.notes["visit"].to_numpy()
+        np.maximum.at(settled, noted, self.notes["time"].to_numpy())
+        holds = coded.copy()
+        holds[noted] = True
         visit = self.visits["visit"].to_numpy()
-        return self.visits.with_columns(settled=settled[visit], holds=holds[visit])
+        return self.visits.with_columns(settled=settled[visit], coded=coded[visit], holds=holds[visit])
 
 
 def _notes(lists: pa.Array) -> pl.DataFrame:

@@ -53,7 +53,7 @@ def recommendation_slots(visits: pl.DataFrame, asked: pl.DataFrame, max_visits: 
 
     Args:
         visits: ``visit``, ``subject_id``, ``start``, ``settled`` (µs, when the last of its codes and notes became
-            known) and ``holds`` (whether it has any).
+            known), ``coded`` (whether it has a code) and ``holds`` (a code or a note).
         asked: ``label``, ``subject_id``, ``time``.
         max_visits: See above; rows of single labels may still hold more.
 
@@ -70,7 +70,8 @@ def recommendation_slots(visits: pl.DataFrame, asked: pl.DataFrame, max_visits: 
     unsettled = (pl.col("settled") > pl.col("next")) | (pl.col("start") == pl.col("next"))
     tangled = places.join(last, on="subject_id").filter((pl.col("start") < pl.col("last")) & unsettled)
     alone = pl.col("subject_id").is_in(tangled["subject_id"].unique().implode()) | (pl.col("rank") > max_visits)
-    asked = asked.join(places.select("visit", "rank"), on="visit").with_columns(alone=alone)
+    alone |= ~pl.col("coded")  # it would stand in the history of others, where a visit without codes may not
+    asked = asked.join(places.select("visit", "rank", "coded"), on="visit").with_columns(alone=alone)
     asked = asked.with_columns(group=pl.when("alone").then("label"))
     rows = asked.sort("visit").group_by("subject_id", "group", maintain_order=True).last().sort("visit")
     rows = rows.select("subject_id", "group", "time", target="visit").with_row_index("row")

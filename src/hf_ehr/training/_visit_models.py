@@ -141,17 +141,22 @@ def take_code_encoder(gbert: GBertModel, medmplm: str) -> None:
         medmplm: Folder or Hub id of any MedM-PLM that reads diagnoses.
 
     Raises:
-        ValueError: A tensor is missing in one of the two, or of another shape.
+        ValueError: A tensor is missing in one of the two, or of another shape; or the trees of the codes differ.
     """
     loaded: Any = MedMPLMModel.from_pretrained(medmplm, output_loading_info=True)
     source, info = loaded
     missing = sorted(name for name in info["missing_keys"] if name.startswith("code_encoder."))
     mine, theirs = gbert.state_dict(), source.code_encoder.state_dict()
-    unlike = sorted(name for name in mine.keys() | theirs.keys() if _shape(mine, name) != _shape(theirs, name))
+    trees = {name for name, _ in gbert.named_buffers()}
+    unlike = sorted(
+        name
+        for name in mine.keys() | theirs.keys()
+        if _shape(mine, name) != _shape(theirs, name) or (name in trees and not torch.equal(mine[name], theirs[name]))
+    )
     if missing or unlike:
         raise ValueError(
-            f"`model` must have all tensors of G-BERT in the same shapes; {len(missing)} are missing and "
-            f"{len(unlike)} differ: {[*missing, *unlike][:5]}. Take a pre-trained MedM-PLM, and its code_config."
+            f"`model` must have all tensors of G-BERT in the same shapes, and its trees; {len(missing)} are missing "
+            f"and {len(unlike)} differ: {[*missing, *unlike][:5]}. Take a pre-trained MedM-PLM, and its code_config."
         )
     gbert.load_state_dict(theirs, strict=True)
 
