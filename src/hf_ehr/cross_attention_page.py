@@ -59,7 +59,7 @@ def _whole(weights: Weights) -> list[int]:
 
 
 def _pieces(view: CrossAttentionView) -> list[tuple[str, int]]:
-    """The note in pieces, each with the number of its token, -1 for what lies between tokens.
+    """The note in pieces, each with the number of its token; -1 lies between tokens, -2 behind what was read.
 
     A token without a place in the text, special or of a tokenizer that knows no places, stands for itself.
     """
@@ -75,5 +75,5 @@ def _pieces(view: CrossAttentionView) -> list[tuple[str, int]]:
         pieces.append((view.text[start:end] or "·", number))
         at = max(at, end)
     if view.spans:
-        pieces.append((view.text[at:], -1))
+        pieces.append((view.text[at:], -2))
     return [piece for piece in pieces if piece[0]]

@@ -29,7 +29,7 @@ Vectors = Mapping[str, tuple[Sequence[str], NDArray[np.float32]]]
 """What the codes are → the codes and their vectors, (codes, size)."""
 
 OTHER = "other"
-NAME_LENGTH = 44
+NAME_LENGTH = 60
 TABLE_SCHEMA = pa.schema(
     [
         pa.field("kind", pa.string(), nullable=False),
@@ -144,7 +144,7 @@ def embedding_figure(table: pa.Table, path: str | Path, *, title: str = "Code em
         ImportError: matplotlib is not installed.
     """
     kinds = pc.unique(table["kind"]).to_pylist()
-    with _figure(path, (9.5, 5.2 * len(kinds))) as figure:
+    with _figure(path, (10.5, 5.2 * len(kinds))) as figure:
         figure.set_layout_engine("constrained")
         for axes, kind in zip(figure.subplots(len(kinds), 1, squeeze=False).ravel(), kinds, strict=True):
             _draw(axes, table.filter(pc.equal(table["kind"], kind)))
@@ -211,7 +211,7 @@ def _draw(axes: Axes, table: pa.Table) -> None:
             color=COLORS[number % len(COLORS)], marker=MARKERS[number // len(COLORS) % len(MARKERS)],
             label=label if len(label) <= NAME_LENGTH else f"{label[: NAME_LENGTH - 1].rstrip()}…",
         )  # fmt: skip
-    axes.set(xticks=[], yticks=[])
+    axes.set(xticks=[], yticks=[], xlabel="First direction", ylabel="Second direction")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=7, frameon=False, borderaxespad=0)

@@ -23,6 +23,9 @@ OF_VISITS = (CROSS_MODAL, "ehr_gbert")
 """Model types that read diagnoses and medications through a processor."""
 
 
+METHOD_NAMES = {"pca": "PCA", "tsne": "t-SNE"}
+
+
 @dataclass
 class AttentionArguments:
     """Arguments of `hf-ehr attention`."""
@@ -82,7 +85,8 @@ def embedding_map(words: list[str]) -> None:
     table = embedding_table(vectors, method=cast(Any, arguments.method), seed=arguments.seed)
     output = Path(arguments.output)
     write_embedding_table(table, output / "embedding_map.csv")
-    embedding_figure(table, output / "embedding_map.png")
+    title = f"Code embeddings by chapter, {METHOD_NAMES[arguments.method]}"
+    embedding_figure(table, output / "embedding_map.png", title=title)
     counts = ", ".join(f"{len(codes):,} of {kind}" for kind, (codes, _) in vectors.items())
     print(f"Codes: {counts}. Written: {output / 'embedding_map.csv'}, {output / 'embedding_map.png'}.")
 
