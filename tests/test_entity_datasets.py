@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from hf_ehr import EhrTaggerConfig, EhrTaggerForTokenClassification
 from hf_ehr.entity_datasets import (
@@ -176,6 +176,30 @@ def test_what_does_not_fit_is_refused():
         EntityCollator(type("Tokenizer", (), {"pad_token_id": None}))
     with pytest.raises(ValueError, match="Each row"):
         EntityCollator(pieces())([{"input_ids": [1], "word_mask": [1]}])
+
+
+def test_a_tagger_trains_under_the_stock_trainer_and_its_loss_is_that_of_the_words(tmp_path):
+    """Two notes a batch, accumulated over two batches: the first step is that of all four at once."""
+    notes = notes_of(TEXT, "dose", "no ill-fed", "1 dose no fever")
+    table = pa.concat_tables([ENTITIES, entity_table(("n2", 3, 10, "problem"), ("n3", 2, 6, "treatment"))])
+    examples, collator = build_entity_examples(notes, pieces(), TAGS, entities=table), EntityCollator(pieces())
+    models = []
+    for size, steps in ((4, 1), (2, 2)):
+        torch.manual_seed(0)
+        config = EhrTaggerConfig.tiny(vocab_size=len(pieces()), id2label=dict(enumerate(TAGS)), hidden_dropout_prob=0)
+        arguments = TrainingArguments(
+            tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=steps, max_steps=1, optim="sgd",
+            learning_rate=1.0, max_grad_norm=0, remove_unused_columns=False, report_to=[], save_strategy="no",
+            use_cpu=True, disable_tqdm=True,
+        )  # fmt: skip
+        trainer = Trainer(EhrTaggerForTokenClassification(config), arguments, collator, train_dataset=examples)
+        trainer.train()
+        models.append(trainer.model)
+    pairs = zip(*(model.named_parameters() for model in models), strict=True)
+    for (name, one), (_, other) in pairs:
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4, msg=name)
+    tags = trainer.predict(examples).predictions
+    assert np.array_equal(tags >= 0, trainer.predict(examples).label_ids >= 0)
 
 
 # A tagger on notes whose entities are known (row 40)
