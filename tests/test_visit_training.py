@@ -138,6 +138,7 @@ def test_pretraining_overfits_64_visits(tmp_path):
     assert figures["diagnosis_from_diagnosis"] > 0.9
 
 
+@pytest.mark.slow
 def test_test_patients_leave_no_trace(data, pretrained, tmp_path):
     # The order of equally frequent pieces of words differs from run to run: both take one tokenizer and encoder.
     words = MedMPLMProcessor.from_pretrained(pretrained[0]).note_tokenizer

@@ -49,12 +49,10 @@ def new_visit_model(options: VisitPretrainArguments, processor: MedMPLMProcessor
     codes = GBertConfig.from_vocabularies(*tokens, **(sizes | fields.pop("code_config", {})))
     preset: Any = {"base": MedMPLMConfig, "paper": MedMPLMConfig.paper, "tiny": MedMPLMConfig.tiny}[options.preset]
     if options.note_encoder is None:
-        words, given = processor.note_tokenizer, fields.pop("note_config", {})
-        if "model_type" not in given:
-            given = preset().note_config.to_dict() | given
-        room = {"vocab_size": len(words), "pad_token_id": words.pad_token_id}
-        given |= room | {"max_position_embeddings": options.note_max_length}
-        return MedMPLMForPreTraining(preset(code_config=codes, note_config=given, **fields))
+        fields = {"note_config": _new_text(preset, options, processor, fields.pop("note_config", {}))} | fields
+        if processor.note_tokenizer is None:
+            fields["freeze_note_layers"] = None
+        return MedMPLMForPreTraining(preset(code_config=codes, **fields))
     if options.preset == "paper":
         paper = MedMPLMConfig.paper()
         names = ("freeze_note_layers", "pretraining_loss", "target_text")
@@ -66,6 +64,17 @@ def new_visit_model(options: VisitPretrainArguments, processor: MedMPLMProcessor
             f"`note_max_length` must be at most the text encoder's {room_left}, got {options.note_max_length}."
         )
     return model
+
+
+def _new_text(preset: Any, options: VisitPretrainArguments, processor: MedMPLMProcessor, given: dict) -> dict:
+    """Configuration of a new text encoder: that of the preset, in the words of the processor."""
+    words = processor.note_tokenizer
+    if words is None:  # nothing reads notes: the smallest that the model can have
+        return MedMPLMConfig.tiny().note_config.to_dict() | {"vocab_size": 8}  # type: ignore[union-attr]
+    if "model_type" not in given:
+        given = preset().note_config.to_dict() | given
+    sizes = {"vocab_size": len(words), "pad_token_id": words.pad_token_id}
+    return given | sizes | {"max_position_embeddings": options.note_max_length}
 
 
 def visit_processor(options: VisitFinetuneArguments) -> MedMPLMProcessor:

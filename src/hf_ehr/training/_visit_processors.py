@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from hf_ehr.notes.cleaning import CleaningName, steps
 from hf_ehr.notes.text_tokenizers import fit_wordpiece_tokenizer
 from hf_ehr.schema import shard_paths
 from hf_ehr.vocabulary import fit_tokenizer
+
+logger = logging.getLogger(__name__)
 
 _NOTES = "visits.list.element.notes.list.element."
 
@@ -37,13 +40,14 @@ def fit_visit_processor(
         train: Its training patients.
         min_patients: Fewest patients of a code, and of a word.
         notes: Whether notes are read.
-        note_encoder: Text encoder whose tokenizer is taken; a vocabulary is fitted without one.
+        note_encoder: Text encoder whose tokenizer is taken; a vocabulary is fitted without one. There is none where
+            the training patients have no notes.
         note_max_length: Most tokens of a note.
         note_vocab_size: Size of a fitted vocabulary.
         cleaning: An option of :func:`hf_ehr.notes.clean`, which becomes part of the tokenizer.
 
     Raises:
-        EhrDataError: The training patients have no codes, or no notes.
+        EhrDataError: The training patients have no codes, or their notes no words.
         ValueError: An option is not known.
     """
     diagnoses, medications = (
@@ -53,6 +57,8 @@ def fit_visit_processor(
     words = None
     if notes and note_encoder is not None:
         words = cleaning_tokenizer(AutoTokenizer.from_pretrained(note_encoder), cleaning, note_max_length)
+    elif notes and not any(table.num_rows for table in _training_notes(data, train)):
+        logger.warning("The training patients of %s have no notes: codes alone are read.", data)
     elif notes:
         words = fit_wordpiece_tokenizer(
             _training_notes(data, train), subject_ids=train, vocab_size=note_vocab_size, cleaning=cleaning,
