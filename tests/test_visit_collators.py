@@ -1,12 +1,12 @@
-"""Masking of sets of codes (papers.md §2.3, row 35)."""
+"""Batches of visits, and masking of sets of codes (papers.md §2.3, row 35)."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_ehr import EhrCodeTokenizer
-from hf_ehr.visit_collators import CodeSetMasking
+from hf_ehr import EhrCodeTokenizer, GBertConfig, MedMPLMConfig
+from hf_ehr.visit_collators import CodeSetMasking, VisitCollator
 
 TOKENIZER = EhrCodeTokenizer.from_codes([f"ATC/A{n:02}" for n in range(30)])
 
@@ -51,3 +51,65 @@ def test_a_share_or_a_limit_out_of_range_is_refused():
         CodeSetMasking(TOKENIZER, most=0)
     with pytest.raises(ValueError, match="probability"):
         CodeSetMasking(TOKENIZER, probability=1.5)
+
+
+ROWS = [
+    {
+        "visit_ids": [1, 2], "diagnosis_ids": [[5, 6], []], "medication_ids": [[7], [8, 9]],
+        "note_input_ids": [[], [4, 3, 2]], "asked": [False, True], "label_ids": [[], [0, 2]],
+    },
+    {
+        "visit_ids": [3], "diagnosis_ids": [[5]], "medication_ids": [[]], "note_input_ids": [[9]],
+        "asked": [True], "label_ids": [[]],
+    },
+]  # fmt: skip
+
+
+def test_a_batch_of_patients_by_hand():
+    batch = {name: value.tolist() for name, value in VisitCollator(0, 1, num_labels=3)(ROWS).items()}
+    none = [-100.0] * 3
+    assert list(batch) == [
+        "labels", "diagnosis_ids", "medication_ids", "note_input_ids", "note_attention_mask"
+    ]  # fmt: skip
+    assert batch == {
+        "labels": [[none, [1, 0, 1]], [[0, 0, 0], none]],
+        "diagnosis_ids": [[[5, 6], [0, 0]], [[5, 0], [0, 0]]],
+        "medication_ids": [[[7, 0], [8, 9]], [[0, 0], [0, 0]]],
+        "note_input_ids": [[[1, 1, 1], [4, 3, 2]], [[9, 1, 1], [1, 1, 1]]],
+        "note_attention_mask": [[[0, 0, 0], [1, 1, 1]], [[1, 0, 0], [0, 0, 0]]],
+    }
+
+
+def test_admissions_and_coded_visits_have_no_dimension_of_visits():
+    coded = [{name: row[name][:1] for name in row if name != "diagnosis_ids"} for row in ROWS]
+    coded[0] |= {"asked": [True], "label_ids": [[1]]}
+    batch = VisitCollator(num_labels=2)(coded)
+    assert batch["labels"].tolist() == [[0, 1], [0, 0]]
+    assert batch["medication_ids"].tolist() == [[7], [0]]
+    admissions = [
+        {"visit_ids": [1], "diagnosis_ids": [[5, 6]], "medication_ids": [[]], "labels": 1},
+        {"visit_ids": [2], "diagnosis_ids": [[]], "medication_ids": [[7]], "labels": 0},
+    ]
+    batch = {name: value.tolist() for name, value in VisitCollator()(admissions).items()}
+    assert batch == {"labels": [1, 0], "diagnosis_ids": [[5, 6], [0, 0]], "medication_ids": [[0], [7]]}
+
+
+def test_hidden_codes_are_labels_of_their_own_kind():
+    masking = {"diagnosis": CodeSetMasking(TOKENIZER, seed=3)}
+    rows = [{"visit_ids": [n], "diagnosis_ids": [[5 + n, 6 + n]], "medication_ids": [[7]]} for n in range(20)]
+    batch = VisitCollator(masking=masking)(rows)
+    chosen = batch["diagnosis_labels"] != -100
+    assert chosen.sum(dim=-1).flatten().tolist() == [1] * 20
+    truth = VisitCollator()(rows)["diagnosis_ids"]
+    assert (batch["diagnosis_labels"][chosen] == truth[chosen]).all()
+    assert (batch["diagnosis_ids"][~chosen] == truth[~chosen]).all()
+    assert "medication_labels" not in batch
+
+
+def test_padding_ids_come_from_the_configuration_and_labels_need_their_number():
+    notes = {"model_type": "roberta", "pad_token_id": 1, "hidden_size": 8, "num_attention_heads": 1}
+    collate = VisitCollator.of(MedMPLMConfig(note_config=notes), num_labels=3)
+    assert (collate.pad_token_id, collate.note_pad_token_id) == (0, 1)
+    assert VisitCollator.of(GBertConfig()).pad_token_id == 0
+    with pytest.raises(ValueError, match="`num_labels` must be given"):
+        VisitCollator()(ROWS)
