@@ -119,14 +119,18 @@ def entities(text: str, *pairs: tuple[str, str]) -> list[Entity]:
 
 
 def test_the_dictionary_takes_the_longest_known_words_wherever_they_stand():
-    text = "Has heart failure and severe heart failure. Took Lasix."
-    pairs = (("heart failure", "problem"), ("severe heart failure", "problem"), ("Lasix", "treatment"))
+    text = "Has heart failure, heart failure of age and severe heart failure. Took Lasix."
+    problems = ("heart failure", "heart failure of age", "severe heart failure")
+    pairs = (*((name, "problem") for name in problems), ("Lasix", "treatment"))
     matcher = DictionaryMatcher.fit([text], [entities(text, *pairs)])
-    new = "LASIX for severe  heart\nfailure; no heart-failure, a heart and failure"
+    new = "LASIX for severe  heart\nfailure; no heart-failure, a heart and failure; "
+    new += "heart failure of age, heart failure of"
     found = matcher.predict([new, ""])
     assert [(new[one.start : one.end], one.type) for one in found[0]] == [
         ("LASIX", "treatment"),
         ("severe  heart\nfailure", "problem"),
+        ("heart failure of age", "problem"),
+        ("heart failure", "problem"),
     ]
     assert found[1] == []
 

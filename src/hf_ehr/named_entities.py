@@ -7,7 +7,7 @@ strict mode).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -141,9 +141,9 @@ def _ratio(part: Array, whole: Array) -> Array:
 class DictionaryMatcher:
     """Entities of the training notes, found again by their words: what a tagger has to beat.
 
-    A series of words that was an entity in at least ``min_share`` of its occurrences in the training notes is one
-    wherever it stands, of the type that it had most often. Case and white space do not matter. At each word the
-    longest known series is taken, and reading goes on behind it.
+    At each word the longest known series of words is taken, and reading goes on behind it; case and white space do not
+    matter. Known is what was an entity in at least ``min_share`` of the places at which the training notes, read in
+    this way, have it; its type is the one that it had most often.
     """
 
     def __init__(self, known: dict[tuple[str, ...], str]):
@@ -165,14 +165,14 @@ class DictionaryMatcher:
         for text, given in zip(texts, entities, strict=True):
             words = words_of(text)
             for entity in given:
-                inside = (word for word in words if word[0] < entity.end and word[1] > entity.start)
-                key = tuple(text[first:last].casefold() for first, last in inside)
+                key = tuple(_folded(text, (one for one in words if one[0] < entity.end and one[1] > entity.start)))
                 if key:
                     types.setdefault(key, Counter())[entity.type] += 1
         everything = cls({key: count.most_common(1)[0][0] for key, count in types.items()})
         seen: Counter[tuple[str, ...]] = Counter()
         for text in texts:
-            seen.update(everything._occurrences([text[first:last].casefold() for first, last in words_of(text)]))
+            words = _folded(text, words_of(text))
+            seen.update(tuple(words[first:last]) for first, last in everything._read(words))
         return cls(
             {key: kind for key, kind in everything.known.items() if types[key].total() >= min_share * seen[key]}
         )
@@ -183,24 +183,26 @@ class DictionaryMatcher:
 
     def _predicted(self, text: str) -> list[Entity]:
         spans = words_of(text)
-        words = [text[first:last].casefold() for first, last in spans]
-        found, place = [], 0
+        words = _folded(text, spans)
+        return [
+            Entity(spans[first][0], spans[last - 1][1], self.known[tuple(words[first:last])])
+            for first, last in self._read(words)
+        ]
+
+    def _read(self, words: Sequence[str]) -> Iterator[tuple[int, int]]:
+        """Known series of words [first, last), from left to right, the longest at each place."""
+        place = 0
         while place < len(words):
             sizes = range(min(self.longest, len(words) - place), 0, -1)
             size = next((n for n in sizes if tuple(words[place : place + n]) in self.known), 0)
             if size:
-                kind = self.known[tuple(words[place : place + size])]
-                found.append(Entity(spans[place][0], spans[place + size - 1][1], kind))
+                yield place, place + size
             place += size or 1
-        return found
 
-    def _occurrences(self, words: Sequence[str]) -> Iterable[tuple[str, ...]]:
-        """Every place where a known series of words stands, one in another too."""
-        for place in range(len(words)):
-            for size in range(1, min(self.longest, len(words) - place) + 1):
-                key = tuple(words[place : place + size])
-                if key in self.known:
-                    yield key
+
+def _folded(text: str, spans: Iterable[tuple[int, int]]) -> list[str]:
+    """Words without regard to case."""
+    return [text[first:last].casefold() for first, last in spans]
 
 
 __all__ = [
