@@ -110,13 +110,13 @@ def test_the_commands_pretrain_and_finetune(tmp_path, capsys):
 
 
 def asked_patients(folder) -> dict[str, set[int]]:
-    """Task → who is asked; of yes-or-no questions those with a yes."""
+    """Task → who is asked, of yes-or-no questions those with a yes; tasks of fewer than three are left out (eICU)."""
     found = {}
     for task in ("medication_recommendation", "readmission_30d"):
         try:
             path = label_dataset(task, folder) if task == "readmission_30d" else label_codes(task, folder)
         except EhrDataError:
-            continue  # the stays of eICU's demo follow no other visit of their patient by date
+            continue
         rows = read_labels(path).to_pylist()
         patients = {row["subject_id"] for row in rows if row["codes"] or row["boolean_value"]}
         if len(patients) >= 3:
