@@ -56,6 +56,7 @@ FLOORS = (
         "code_embeddings",
         "word_embeddings",
         "note_baselines",
+        "stay_baselines",
         "visualization",
         "attention_maps",
         "_encoders",
