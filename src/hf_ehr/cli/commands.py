@@ -70,6 +70,7 @@ class TokenizerArguments:
     max_size: int | None = field(default=None, metadata={"help": "Most codes."})
     code_exact: bool = field(default=False, metadata={"help": "Med-BERT's released ids: 0 is padding and mask."})
     behrt: bool = field(default=False, metadata={"help": "BEHRT's input: [CLS], [SEP] after each visit, and ages."})
+    days: bool = field(default=False, metadata={"help": "Days between visits, for models that read them (HiTANet)."})
 
 
 @dataclass
@@ -105,7 +106,7 @@ def fit_tokenizer(words: list[str]) -> None:
     tokenizer = fit(
         data.data, subject_ids=splits["train"], kinds=tuple(arguments.kinds), min_count=arguments.min_count,
         min_patients=data.min_patients, max_size=arguments.max_size, code_exact=arguments.code_exact,
-        visit_separators=arguments.behrt, ages=arguments.behrt,
+        visit_separators=arguments.behrt, ages=arguments.behrt, days=arguments.days,
     )  # fmt: skip
     tokenizer.save_pretrained(arguments.output)
     known = coverage(tokenizer, data.data, splits["validation"])
