@@ -41,7 +41,7 @@ FLOORS = (
         "_hourly_summary",
         "tasks",
     },
-    {"prepare", "datasets", "_histories", "_example_writer", "note_datasets", "_note_pairs", "stay_datasets"},
+    {"prepare", "_shards", "datasets", "_histories", "_example_writer", "note_datasets", "_note_pairs", "stay_datasets"},
     {"samplers", "collators", "note_collators", "stay_collators"},
     {
         "metrics",

@@ -17,9 +17,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from hf_ehr.prepare import SourceName, format_summary, prepare, sort_events, source_function
+from hf_ehr import prepare as driver
+from hf_ehr._shards import sort_events
+from hf_ehr.prepare import SourceName, format_summary, prepare, source_function
 from hf_ehr.records import assemble
 from hf_ehr.schema import EVENT_SCHEMA, KINDS, RECORD_SCHEMA, DatasetInfo, EhrDataError, shard_paths, validate_events
+from hf_ehr.sources._generated import EVENTS_PER_PATIENT
 from hf_ehr.sources.engine import Engine, Source, as_labels
 from hf_ehr.sources.mimic3 import mimic3
 
@@ -261,8 +264,20 @@ def test_wrong_arguments_say_what_is_wrong(tmp_path, source, input_dir, shards, 
     assert not (tmp_path / "out" / "dataset.json").exists()
 
 
+@pytest.mark.parametrize("name", ["set-a.tar.xz", "SET-A.TGZ", "t.csv.gz", "t.parquet", "a.tar.bz2"])
+def test_shards_are_as_many_as_the_compressed_bytes_ask_for(hospital, tmp_path, monkeypatch, name):
+    for path in hospital.iterdir():
+        path.unlink()
+    (hospital / name).write_bytes(bytes(8_000))
+    (hospital / "plain.txt").write_bytes(bytes(20_000))  # a fifth of it
+    monkeypatch.setattr(driver, "EVENTS_PER_SHARD", 500)
+    job = driver._plan("mimic3", hospital, tmp_path / "out", "duckdb", None, {})
+    assert job["shards"] == (8_000 + 20_000 / 5) / 8 / 500
+
+
 def test_every_named_source_has_a_function_of_its_name():
-    names = [name for name in get_args(SourceName) if name != "synthetic"]
+    names = [name for name in get_args(SourceName) if name not in EVENTS_PER_PATIENT]
+    assert len(names) == len(get_args(SourceName)) - len(EVENTS_PER_PATIENT)
     assert [source_function(name).__name__ for name in names] == names
 
 
