@@ -41,7 +41,16 @@ FLOORS = (
         "_hourly_summary",
         "tasks",
     },
-    {"prepare", "_shards", "datasets", "_histories", "_example_writer", "note_datasets", "_note_pairs", "stay_datasets"},
+    {
+        "prepare",
+        "_shards",
+        "datasets",
+        "_histories",
+        "_example_writer",
+        "note_datasets",
+        "_note_pairs",
+        "stay_datasets",
+    },
     {"samplers", "collators", "note_collators", "stay_collators"},
     {
         "metrics",
