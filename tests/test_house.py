@@ -50,6 +50,7 @@ FLOORS = (
         "note_datasets",
         "_note_pairs",
         "stay_datasets",
+        "admission_datasets",
     },
     {"samplers", "collators", "note_collators", "stay_collators"},
     {
@@ -105,6 +106,7 @@ MODELS_SEEN_BELOW_THE_TOP = {
     "sources": {"code_hierarchy"},
     "tasks": {"code_hierarchy"},
     "stay_datasets": {"feature_extraction_hourly"},
+    "admission_datasets": {"processing_medhmp"},
 }
 MODELS_MAY_IMPORT = {"torch", "transformers", "tokenizers", "numpy", "huggingface_hub"} | sys.stdlib_module_names
 HEAVY = {"polars", "ibis", "datasets", "sklearn", "evaluate", "matplotlib", "lightgbm", "duckdb", "pyspark", "pyarrow"}

@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForPreTraining,
     AutoModelForSequenceClassification,
+    AutoProcessor,
     AutoTokenizer,
 )
 from transformers.pipelines import PIPELINE_REGISTRY
@@ -49,6 +50,7 @@ from .models.modeling_medhmp import (
     MedHMPModel,
     MedHMPStayModel,
 )
+from .models.processing_medhmp import MedHMPProcessor
 from .models.tokenization_ehr import EhrCodeTokenizer
 from .pipelines import TASK as _ICD_CODING
 from .pipelines import ICDCodingPipeline
@@ -90,6 +92,7 @@ AutoModelForSequenceClassification.register(EhrFusionConfig, EhrFusionForSequenc
 # As above: the checkpoint's `architectures` decide between the level of stays and that of admissions.
 AutoConfig.register("ehr_medhmp", MedHMPConfig, exist_ok=True)
 AutoFeatureExtractor.register(MedHMPConfig, HourlyFeatureExtractor, exist_ok=True)
+AutoProcessor.register(MedHMPConfig, MedHMPProcessor, exist_ok=True)
 AutoModel.register(MedHMPConfig, (MedHMPModel, MedHMPStayModel), exist_ok=True)
 AutoModelForPreTraining.register(
     MedHMPConfig, (MedHMPForAdmissionPreTraining, MedHMPForStayPreTraining), exist_ok=True
@@ -137,6 +140,7 @@ __all__ = [
     "MedHMPForStayClassification",
     "MedHMPForStayPreTraining",
     "MedHMPModel",
+    "MedHMPProcessor",
     "MedHMPStayModel",
     "__version__",
     "extend_position_embeddings",

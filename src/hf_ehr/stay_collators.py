@@ -7,18 +7,22 @@ admission rows ─▶ AdmissionCollator  the same of all their stays, stay_admis
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from .collators import _Masking, _rectangle
+from .collators import ObjectiveMasking, rectangle
 
 HOURLY = ("feature_ids", "feature_counts")
 CODES = {"diagnosis": "diagnosis_ids", "medication": "medication_ids"}
 
 
-class CodeHiding(_Masking):
+class _Padding(NamedTuple):
+    pad_token_id: int
+
+
+class CodeHiding(ObjectiveMasking):
     """Which codes of a set are hidden: each by itself, special tokens never (MedHMP, Eq. 8).
 
     Args:
@@ -30,9 +34,10 @@ class CodeHiding(_Masking):
         ValueError: The probability is out of range, or the tokenizer knows no code.
     """
 
-    def __call__(self, ids: np.ndarray) -> np.ndarray:
-        """(admissions, codes) int64, padded → bool of the same shape, True where hidden."""
-        return (self.generator(None).random(ids.shape, np.float32) < self.probability) & self.is_code[ids]
+    def __call__(self, ids: np.ndarray, generator: np.random.Generator | None = None) -> np.ndarray:
+        """(admissions, codes) int64, padded → bool of the same shape, True where hidden; its own draws by default."""
+        generator = self.generator(None) if generator is None else generator
+        return (generator.random(ids.shape, np.float32) < self.probability) & self.is_code[ids]
 
 
 class StayCollator:
@@ -94,6 +99,13 @@ class AdmissionCollator:
                 name: CodeHiding(tokenizer, probability, seed + place)
                 for place, (name, tokenizer) in enumerate(tokenizers.items())
             }
+
+    @classmethod
+    def for_model(cls, config: Any, columns: Sequence[str]) -> AdmissionCollator:
+        """A collator that pads as a model's configuration says, for rows of these columns; no code is hidden."""
+        codes = (_Padding(config.diagnosis_pad_token_id), _Padding(config.medication_pad_token_id))
+        notes = _Padding(getattr(config.note_config, "pad_token_id", None) or 0)
+        return cls(*codes, config.num_demographics, notes if "note_input_ids" in columns else None)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Rows of lists or numpy arrays to a batch.
@@ -161,7 +173,7 @@ def _tokens(lists: list[np.ndarray], padding: int) -> dict[str, torch.Tensor]:
 def _padded_rows(lists: list[np.ndarray], padding: int) -> np.ndarray:
     """(rows, longest) int64, at least one wide."""
     lengths = np.array([len(row) for row in lists])
-    return _rectangle(np.concatenate(lists), lengths, padding, max(int(lengths.max()), 1))
+    return rectangle(np.concatenate(lists), lengths, padding, max(int(lengths.max()), 1))
 
 
 def _vectors(vectors: list[np.ndarray]) -> dict[str, torch.Tensor]:
