@@ -362,7 +362,7 @@ class TestTheRest:
             check_prevalence(balanced, population)
         check_prevalence(balanced, population, flagged=True)
 
-    @pytest.mark.parametrize("axis", ["shifted", "order"])
+    @pytest.mark.parametrize("axis", ["shifted", "visit", "order"])
     def test_calendar_splits_need_true_dates(self, axis):
         check_calendar_split(DatasetInfo(source="x"))
         with pytest.raises(LeakageError, match="L12.*" + axis):

@@ -156,7 +156,7 @@ def test_visits_of_a_patient_are_in_the_order_of_their_years_and_death_is_last(r
     assert all(later["start"] - visit["start"] >= timedelta(days=366) for visit, later in pairwise(visits))
     assert records[SUBJECT]["death_time"] == visits[-1]["stays"][0]["end"]
     assert source.warnings[0].startswith("1 patients have several hospital visits")
-    assert source.time_axis == "shifted"
+    assert source.time_axis == "visit"
 
 
 def test_demographics_of_the_first_visit(records):
