@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from transformers import PreTrainedModel, TrainingArguments
 
@@ -27,8 +29,9 @@ from hf_ehr.metrics import auroc
 from hf_ehr.models.configuration_ehrrnn import EhrRnnConfig
 from hf_ehr.models.modeling_ehrrnn import EhrRnnForSequenceClassification
 from hf_ehr.models.modeling_medbert import MedBertForSequenceClassification
-from hf_ehr.schema import atomic_path
-from hf_ehr.training import fit_classifier, model_config, predict, start_from_probe
+from hf_ehr.schema import atomic_path, shard_paths
+from hf_ehr.tasks.audit import OneShotTest
+from hf_ehr.training import fit_classifier, model_config, predict, start_from_probe, task_name
 from hf_ehr.transfer import load_code_embeddings
 
 if TYPE_CHECKING:
@@ -118,6 +121,12 @@ class Bench:
         best = max(scores, key=lambda rate: (scores[rate], -rate))
         with atomic_path(self.rate_path(cell)) as temporary:
             temporary.write_text(json.dumps({"learning_rate": best, "validation_auroc": scores}, indent=2))
+
+    def test(self, data: DataSpec, task: str) -> tuple[np.ndarray, np.ndarray, float | None]:
+        """Test labels, their patients, and the AUROC of the generator's own probabilities where they are known."""
+        examples = self.examples(Cell(data, task, self.spec.rows[0], self.spec.sizes[0], 0), "test")
+        truth, patients = OneShotTest(np.asarray(examples["labels"])).read(), np.asarray(examples["subject_id"])
+        return truth, patients, oracle_auroc(Path(self.cohort(data).data.data), task_name(task), truth, patients)
 
     def seed(self, cell: Cell) -> int:
         """The pre-training seed of a draw."""
@@ -209,3 +218,20 @@ class Bench:
 
         dim = self.embedding_size(cell.row)
         return CodeEmbeddings.load(embeddings_folder(self.cohort(cell.data), init, dim, self.seed(cell)))
+
+
+def oracle_auroc(folder: Path, task: str, truth: np.ndarray, patients: np.ndarray) -> float | None:
+    """The AUROC of a generator's own probabilities for a task, None where the data set has none.
+
+    ``truth/`` holds them by patient: ``oracle_probability`` of ``synthetic_outcome``, ``oracle_TASK`` of others.
+    """
+    if not (folder / "truth").is_dir():
+        return None
+    name = "oracle_probability" if task == "synthetic_outcome" else f"oracle_{task}"
+    paths = shard_paths(folder, "truth")
+    if name not in pq.read_schema(paths[0]).names:
+        return None
+    known = pa.concat_tables(pq.read_table(path, columns=["subject_id", name]) for path in paths)
+    ids, p = (known[column].to_numpy() for column in ("subject_id", name))
+    order = np.argsort(ids)
+    return float(auroc(truth, p[order][np.searchsorted(ids[order], patients)]))

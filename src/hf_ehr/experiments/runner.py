@@ -145,12 +145,21 @@ def _run(pool: ProcessPoolExecutor, title: str, jobs: Sequence[Job]) -> dict[str
     """Runs the jobs that are not done, with a bar that shows how long the rest will take."""
     todo = [job for job in jobs if not job.done.exists()]
     failures: dict[str, str] = {}
-    waiting = {pool.submit(job.call, *job.arguments): job for job in todo}
+    waiting = {pool.submit(_error_of, job): job for job in todo}
     for future in tqdm(as_completed(waiting), total=len(jobs), initial=len(jobs) - len(todo), desc=title):
-        error = future.exception()
+        error = future.result()
         if error is not None:
-            failures[waiting[future].name] = f"{type(error).__name__}: {error}"
+            failures[waiting[future].name] = error
     return failures
+
+
+def _error_of(job: Job) -> str | None:
+    """Runs a job; what went wrong comes back as text, for some exceptions cannot be sent between processes."""
+    try:
+        job.call(*job.arguments)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def _start_worker() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -165,11 +166,7 @@ class ReportSpec:
         for size in self.sizes:
             if size != ALL and (not isinstance(size, int) or size < 1):
                 raise EhrDataError(f"`sizes` must hold positive numbers or {ALL!r}, got {size!r}. Change it.")
-            draws = self.draws if isinstance(self.draws, int) else self.draws.get(size)
-            if not isinstance(draws, int) or draws < 1:
-                raise EhrDataError(
-                    f"`draws` must be a positive number for each of `sizes`, got {draws!r} for {size!r}. Add it."
-                )
+        check_draws(self)
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> ReportSpec:
@@ -223,18 +220,23 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return {"name": file.stem} | (content if isinstance(content, dict) else {})
 
 
-def from_content(kind: Any, content: dict[str, Any], data: Any, row: Any) -> Any:
+def from_content(
+    kind: Any, content: dict[str, Any], data: Any, row: Any, parts: Mapping[str, Any] | None = None
+) -> Any:
     """A report of class ``kind`` from the content of its file, its data sets and rows of the classes given.
+
+    ``parts`` maps other fields to their classes; ``pretraining`` is a ``PretrainSpec`` unless it says otherwise.
 
     Raises:
         EhrDataError: A field is unknown, absent or out of range.
     """
-    nested = {
+    nested: dict[str, Callable[[Any], Any]] = {
         "datasets": lambda items: tuple(build(data, item, "datasets") for item in items),
         "rows": lambda items: tuple(build(row, item, "rows") for item in items),
-        "pretraining": lambda item: build(PretrainSpec, item, "pretraining"),
         "comparisons": lambda pairs: tuple(tuple(pair) for pair in pairs),
     }
+    for name, part in ({"pretraining": PretrainSpec} | dict(parts or {})).items():
+        nested[name] = lambda item, name=name, part=part: build(part, item, name)
     fields_of = {name: nested[name](value) if name in nested else value for name, value in content.items()}
     return build(kind, fields_of, str(content["name"]))
 
@@ -251,6 +253,20 @@ def check_rows(report: Any) -> None:
     for pair in report.comparisons:
         for name in pair:
             one_of("comparisons", name, names, report.name)
+
+
+def check_draws(report: Any) -> None:
+    """There are draws at every size.
+
+    Raises:
+        EhrDataError: There are not.
+    """
+    for size in report.sizes:
+        draws = report.draws if isinstance(report.draws, int) else report.draws.get(size)
+        if not isinstance(draws, int) or draws < 1:
+            raise EhrDataError(
+                f"`draws` must be a positive number for each of `sizes`, got {draws!r} for {size!r}. Add it."
+            )
 
 
 def expanded(path: str, name: str, field_name: str = "input") -> str:
