@@ -67,6 +67,8 @@ FLOORS = (
         "word_embeddings",
         "note_baselines",
         "stay_baselines",
+        "decision_curves",
+        "subgroups",
         "visualization",
         "attention_maps",
         "_encoders",
