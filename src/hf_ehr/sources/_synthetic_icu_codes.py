@@ -16,7 +16,7 @@ _NEAR_FLAT = 1 / 0.7
 
 @dataclass
 class Coded:
-    """One entry each: row of the patient, visit, index into ``IcuWorld.codes`` or ``.drugs``, position from 1, time."""
+    """One entry each: patient (row), visit, index into ``IcuWorld.codes`` or ``.drugs``, position from 1, time."""
 
     patient: np.ndarray
     visit: np.ndarray
@@ -60,7 +60,7 @@ def _is_coded(streams: Streams, people: People, present: np.ndarray) -> np.ndarr
     chance[..., : len(TARGETS)] = 0.8
     starts = people.onset[:, None] == np.arange(MAX_VISITS)[:, None]
     chance[..., : len(TARGETS)][starts[..., : len(TARGETS)]] = 1
-    return streams.uniform("treated", present[0].size).reshape(present.shape) < chance
+    return streams.uniform("coded", present[0].size).reshape(present.shape) < chance
 
 
 def _noise(streams: Streams, world: IcuWorld, visits: Visits) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

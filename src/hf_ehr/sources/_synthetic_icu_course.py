@@ -16,7 +16,7 @@ OBSERVED = 48
 """Hours with measurements, as in the PhysioNet/CinC Challenge 2012."""
 ASKED = (4, 12, 48)
 """Hours at which onsets are asked; death is asked at the last."""
-ONSETS = {"arf": (0.0008, 0.011, 0.0015), "shock": (0.0006, 0.009, 0.001)}
+ONSETS = {"arf": (0.0005, 0.0105, 0.001), "shock": (0.00035, 0.0085, 0.0007)}
 """Hazard per hour of ventilation and of a vasopressor in the three states."""
 _EARLIEST = 20  # hours before which nobody is discharged
 _COUNTER = 1 << 12  # draws set aside for each stay
@@ -89,13 +89,13 @@ def run_course(
 def _transitions(severity: np.ndarray, discharge: bool) -> np.ndarray:
     """``(R, 3, 5)`` probabilities of the next hour's state."""
     rates = np.zeros((len(severity), 3, 5))
-    rates[:, STABLE, DETERIORATING] = 0.009 * np.exp(0.7 * severity)
+    rates[:, STABLE, DETERIORATING] = 0.0032 * np.exp(0.6 * severity)
     rates[:, STABLE, DEAD] = 0.0001 * np.exp(0.6 * severity)
     rates[:, STABLE, DISCHARGED] = 0.018 * np.exp(-0.3 * severity)
-    rates[:, DETERIORATING, RECOVERING] = 0.03 * np.exp(-0.3 * severity)
-    rates[:, DETERIORATING, DEAD] = 0.005 * np.exp(0.6 * severity)
+    rates[:, DETERIORATING, RECOVERING] = 0.03 * np.exp(-0.2 * severity)
+    rates[:, DETERIORATING, DEAD] = 0.0075 * np.exp(0.5 * severity)
     rates[:, RECOVERING, STABLE] = 0.03
-    rates[:, RECOVERING, DETERIORATING] = 0.005 * np.exp(0.5 * severity)
+    rates[:, RECOVERING, DETERIORATING] = 0.004 * np.exp(0.5 * severity)
     rates[:, RECOVERING, DEAD] = 0.0004 * np.exp(0.6 * severity)
     rates[:, RECOVERING, DISCHARGED] = 0.006 * np.exp(-0.3 * severity)
     rates[:, :, DISCHARGED] *= discharge
@@ -131,7 +131,7 @@ def _hazard(name: str, vulnerable: np.ndarray) -> np.ndarray:
 
 def _wane() -> np.ndarray:
     """``(LONGEST,)``: most treatments start in the first hours of a stay."""
-    return 1 + 9 * np.exp(-np.arange(LONGEST) / 4)
+    return 1 + 20 * np.exp(-np.arange(LONGEST) / 5)
 
 
 def _first(streams: Streams, patient: np.ndarray, number: np.ndarray, begins: np.ndarray, column: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from hf_ehr.sources._synthetic_icu_variables import LOADINGS, SPREAD
 from hf_ehr.sources._synthetic_icu_world import (
     ACUTE,
     CHRONIC,
+    CONDITIONS,
     FACTORS,
     READMISSION,
     RISKS,
@@ -28,7 +30,7 @@ SEEN_SEVERITY = 0.85
 SECOND_STAY = 0.10
 NEVER = MAX_VISITS
 _READMISSION_INTERCEPT = -2.75
-_NAMES = [row[0] for row in (*TARGETS, *CHRONIC, *ACUTE)]
+_NAMES = [row.name for row in CONDITIONS]
 _SINGLE = np.array([0.6, 0.5, 0.4, 0.5]) / np.sqrt(1.02)  # what the four factors weigh in severity
 
 
@@ -116,13 +118,14 @@ def draw_people(streams: Streams) -> People:
     present = np.zeros(uniform.shape, bool)
     for row, condition in enumerate(CHRONIC, len(TARGETS)):
         # a loading on one of three latents each, and on age
-        logit = _logit(condition[1]) + 0.7 * latent[:, row % 3] + 0.35 * older
+        logit = _logit(condition.prevalence) + 0.7 * latent[:, row % 3] + 0.35 * older
         present[:, row] = uniform[:, row] < sigmoid(logit)
-    prevalence = dict(zip(_NAMES, (row[1] for row in (*TARGETS, *CHRONIC, *ACUTE)), strict=True))
-    for row, (name, share, *_) in enumerate(TARGETS):
-        weights = RISKS[name].items()
-        push = sum(weight * (present[:, _NAMES.index(cause)] - prevalence[cause]) for cause, weight in weights)
-        present[:, row] = uniform[:, row] < sigmoid(_logit(share) - 0.5 + push)
+    for row, target in enumerate(TARGETS):
+        logit = np.full(streams.size, _logit(target.prevalence) - 0.5)
+        for name, weight in RISKS[target.name].items():
+            cause = _NAMES.index(name)
+            logit += weight * (present[:, cause] - CONDITIONS[cause].prevalence)
+        present[:, row] = uniform[:, row] < sigmoid(logit)
     return People(
         age=age,
         male=streams.uniform("person", 1)[:, 0] < 0.55,
@@ -182,8 +185,8 @@ def _severity(factors: np.ndarray, people: People | None, rest: np.ndarray) -> n
 def draw_acute(streams: Streams, severity: Severity) -> np.ndarray:
     """``(N, V, acute)`` the acute conditions of each visit, if it is an inpatient one."""
     shape = (*severity.severity.shape, len(ACUTE))
-    weights = np.array([row[5] for row in ACUTE])
-    bias = np.array([_logit(row[1]) for row in ACUTE]) * np.sqrt(1 + np.pi / 8 * (weights**2).sum(1))
+    weights = np.array([row.weights for row in ACUTE])
+    bias = np.array([_logit(row.prevalence) for row in ACUTE]) * np.sqrt(1 + np.pi / 8 * (weights**2).sum(1))
     logit = np.einsum("nvk,ck->nvc", severity.factors, weights[:, :4]) + severity.severity[..., None] * weights[:, 4]
     return streams.uniform("acute", MAX_VISITS * len(ACUTE)).reshape(shape) < sigmoid(bias + logit)
 
@@ -294,7 +297,7 @@ def _draw_stays(
 
 def _ward_death(severity: np.ndarray) -> np.ndarray:
     """P(death outside of the intensive care unit, in the visit)."""
-    return 0.012 * np.exp(0.7 * severity.clip(-3, 3))
+    return 0.01 * np.exp(0.6 * severity.clip(-3, 3))
 
 
 def _both(
@@ -324,7 +327,7 @@ def _both(
 def _placed(stays: Stays, visits: Visits) -> Stays:
     """The stays of visits that take place, with their start in time."""
     keep = visits.exists[stays.patient, stays.visit]
-    taken = {
+    taken: dict[str, Any] = {
         name: {key: part[keep] for key, part in value.items()} if isinstance(value, dict) else value[keep]
         for name, value in vars(stays).items()
     }

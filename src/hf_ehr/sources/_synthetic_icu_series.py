@@ -1,7 +1,7 @@
 """What is measured in the stays of a block of patients: 36 series of the first 48 hours, and the body at their start.
 
-A value is a set-point that age and sex move, the stay's deviation from it, the pull of a deterioration, AR(1) noise from
-hour to hour, and the effect of a treatment, all in spreads of the variable.
+A value is a set-point that age and sex move, the stay's deviation from it, the pull of a deterioration, AR(1) noise
+from hour to hour, and the effect of a treatment, all in spreads of the variable.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
 """Synthetic intensive care → EVENTS, with the truth behind them: a world for what MedHMP claims.
 
 Patients have chronic conditions, and 1 to 8 visits over the years; about half of the inpatient ones have one or two
-stays in intensive care. A visit has a severity, made of four factors that age and sex know nothing of. It decides how
-fast three hidden states (stable, deteriorating, recovering) follow each other, hour by hour, and with them the hazards
-of ventilation, of a vasopressor and of death; it shows in 36 series (:mod:`._synthetic_icu_series`), in diagnoses, drugs
-and notes. Readmission depends on severity, chronic conditions and diagnoses. Every switch of
-:class:`SyntheticIcuConfig` takes one of these links away, and nothing else.
+stays in intensive care. A visit has a severity, made of four factors, and age and sex know nothing of either. It
+decides how three hidden states (stable, deteriorating, recovering) follow each other, hour by hour, and with them the
+hazards of ventilation, of a vasopressor and of death; it shows in 36 series, in diagnoses, drugs and notes.
+Readmission depends on severity, chronic conditions and diagnoses. Every switch of :class:`SyntheticIcuConfig` takes
+one of these links away, and nothing else.
 
 TRUTH has one row for each question that a named task asks: ``icu_mortality_t48``, ``arf_onset_after_t4`` (12, 48),
-``shock_onset_after_t4`` (12, 48) and ``readmission_30d``, with the probability that the process gives to it: for stays,
-given the hidden state at the prediction time, solved backwards over the hours. No model can see that state, so the
-oracle is a bound that stays out of reach. Every random number is a function of (seed, subject_id, purpose): a patient
-is the same in any shard, and so are all draws that a switch leaves alone.
+``shock_onset_after_t4`` (12, 48) and ``readmission_30d``, with the probability that the process gives to it: for
+stays, given the hidden state at the prediction time, solved backwards over the hours. No model can see that state, so
+the oracle is a bound that stays out of reach. Every random number is a function of (seed, subject_id, purpose): a
+patient is the same in any shard, and so is every draw that a switch leaves alone.
 
 Values are made up: no sentence and no number here is medicine.
 """
@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from hf_ehr.schema import BIRTH_CODE, DEATH_CODE, EVENT_SCHEMA, KINDS, TIMESTAMP
 from hf_ehr.sources._synthetic_icu_codes import Coded, draw_diagnoses, draw_drugs, present_conditions
-from hf_ehr.sources._synthetic_icu_course import ASKED, OBSERVED, ONSETS
+from hf_ehr.sources._synthetic_icu_course import OBSERVED
 from hf_ehr.sources._synthetic_icu_notes import CATEGORIES, Notes, write_notes
 from hf_ehr.sources._synthetic_icu_patients import (
     DAY,
@@ -282,9 +282,7 @@ def _add_measurements(rows: _Rows, stays: Stays, values: Measurements) -> None:
 def _measured(
     rows: _Rows, stays: Stays, row: np.ndarray, code: np.ndarray | int, second: np.ndarray, value: np.ndarray | float
 ) -> None:
-    rows.add(
-        "measurement", stays.patient[row], code, second, stays.visit[row], stays.number[row], value=value
-    )  # fmt: skip
+    rows.add("measurement", stays.patient[row], code, second, stays.visit[row], stays.number[row], value=value)
 
 
 def _add_notes(rows: _Rows, notes: Notes) -> None:
@@ -293,17 +291,13 @@ def _add_notes(rows: _Rows, notes: Notes) -> None:
 
 
 def _truth(subjects: np.ndarray, people: People, severity: Severity, visits: Visits, stays: Stays) -> pa.Table:
-    visit = (stays.patient, stays.visit)
-    died = visits.died[visit]
+    died = visits.died[stays.patient, stays.visit]
     parts = [_stay_truth("icu_mortality_t48", OBSERVED, died, stays.death, subjects, severity, stays)]
-    for name in ONSETS:
+    for (name, hour), risk in stays.risk.items():
         onset = stays.onset[name]
-        for hour in ASKED:
-            row = _stay_truth(
-                f"{name}_onset_after_t{hour}", hour, ~np.isnan(onset), np.where(onset <= hour, np.nan, stays.risk[name, hour]),
-                subjects, severity, stays,
-            )  # fmt: skip
-            parts.append(row)
+        asked = np.where(onset <= hour, np.nan, risk)
+        task = f"{name}_onset_after_t{hour}"
+        parts.append(_stay_truth(task, hour, ~np.isnan(onset), asked, subjects, severity, stays))
     return pa.concat_tables([*parts, _readmission_truth(subjects, people, severity, visits)])
 
 
