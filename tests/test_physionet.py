@@ -295,6 +295,14 @@ def test_sepsis_is_one_event_six_hours_after_the_label_begins(events_2019):
     assert rows[2]["text_value"] == "onset unknown: labelled from the first row"
 
 
+def test_the_patients_of_the_hospital_of_mimic_are_counted(engine, source_2019, tmp_path):
+    assert source_2019.warnings == [
+        "2 patients are of set A, from the hospital of MIMIC: never train on one and test on the other."
+    ]
+    of_set_b = write_records(tmp_path, {"p100001": psv({"ICULOS": "1", "HR": "80.5"})}, "training_setB")
+    assert physionet2019(engine, of_set_b).warnings == []
+
+
 def test_nothing_before_the_onset_tells_of_the_label(events_2019):
     before = [row for row in named(events_2019, subject_id=1) if row["kind"] == "measurement"]
     assert "SepsisLabel" not in {row["code"].split("/")[1] for row in before}
