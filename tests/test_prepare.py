@@ -22,7 +22,7 @@ from hf_ehr._shards import sort_events
 from hf_ehr.prepare import SourceName, format_summary, prepare, source_function
 from hf_ehr.records import assemble
 from hf_ehr.schema import EVENT_SCHEMA, KINDS, RECORD_SCHEMA, DatasetInfo, EhrDataError, shard_paths, validate_events
-from hf_ehr.sources._generated import EVENTS_PER_PATIENT
+from hf_ehr.sources._generated import GENERATED
 from hf_ehr.sources.engine import Engine, Source, as_labels
 from hf_ehr.sources.mimic3 import mimic3
 
@@ -179,6 +179,18 @@ def test_a_preparation_killed_between_two_tables_resumes_to_the_same_folder(hosp
     assert contents(output) == contents(tmp_path / "calm")
 
 
+def test_the_synthetic_icu_world_becomes_a_whole_folder_with_its_truth(tmp_path):
+    info = prepare("synthetic_icu", None, tmp_path, shards=2, workers=1, progress=False, options={"patients": 12})
+    assert (info.summary["patients"], info.time_axis) == (12, "calendar")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "dataset.json", "events", "records", "rejected.parquet", "truth",
+    ]  # fmt: skip
+    truth = pa.concat_tables(map(pq.read_table, shard_paths(tmp_path, "truth")))
+    assert {"subject_id", "task", "prediction_time"} <= set(truth.column_names)
+    visits = pq.read_table(shard_paths(tmp_path, "records")[0])["visits"].to_pylist()
+    assert any(stay["measurements"] for row in visits for visit in row for stay in visit["stays"])
+
+
 def test_a_finished_folder_is_not_done_again(hospital, tmp_path):
     first = prepare(mimic3, hospital, tmp_path / "out", workers=1, progress=False)
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
@@ -254,7 +266,8 @@ def test_input_without_a_single_event_is_an_error(hospital, tmp_path):
         ("mimic3", None, None, "`input_dir` must be an existing folder, got None"),
         ("mimic3", "/nowhere", None, "`input_dir` must be an existing folder, got /nowhere"),
         ("synthetic", ".", None, "leave out `input_dir`"),
-        ("mimic5", ".", None, "`source` must be one of synthetic, mimic3"),
+        ("synthetic_icu", ".", None, "`synthetic_icu` reads nothing: leave out `input_dir`"),
+        ("mimic5", ".", None, "`source` must be one of synthetic, synthetic_icu, mimic3"),
         ("synthetic", None, 0, "`shards` must be at least 1, got 0"),
     ],
 )
@@ -275,9 +288,18 @@ def test_shards_are_as_many_as_the_compressed_bytes_ask_for(hospital, tmp_path, 
     assert job["shards"] == (8_000 + 20_000 / 5) / 8 / 500
 
 
+def test_the_options_of_a_generated_world_are_checked_before_the_work(tmp_path):
+    for source in GENERATED:
+        with pytest.raises(ValueError, match="`patients` must be"):
+            prepare(source, None, tmp_path / "out", progress=False, options={"patients": 0})
+    assert not (tmp_path / "out").exists()
+    job = driver._plan("synthetic_icu", None, tmp_path, "duckdb", None, {"patients": 9_000})
+    assert job["shards"] == 3
+
+
 def test_every_named_source_has_a_function_of_its_name():
-    names = [name for name in get_args(SourceName) if name not in EVENTS_PER_PATIENT]
-    assert len(names) == len(get_args(SourceName)) - len(EVENTS_PER_PATIENT)
+    names = [name for name in get_args(SourceName) if name not in GENERATED]
+    assert len(names) == len(get_args(SourceName)) - len(GENERATED)
     assert [source_function(name).__name__ for name in names] == names
 
 

@@ -28,7 +28,7 @@ from hf_ehr.schema import (
     validate_labels,
     write_parquet,
 )
-from hf_ehr.sources._generated import EVENTS_PER_PATIENT, generated_labels
+from hf_ehr.sources._generated import GENERATED, expected_events, generated_labels
 
 if TYPE_CHECKING:
     from hf_ehr.sources.engine import Source
@@ -41,7 +41,7 @@ COMPRESSED = (".gz", ".tgz", ".xz", ".bz2", ".parquet")
 OUTPUTS = ("events", "records", "truth", "labels")
 
 SourceName = Literal[
-    "synthetic", "mimic3", "mimic4", "omop", "meds", "table", "eicu", "physionet2012", "physionet2019"
+    "synthetic", "synthetic_icu", "mimic3", "mimic4", "omop", "meds", "table", "eicu", "physionet2012", "physionet2019"
 ]
 
 
@@ -174,7 +174,7 @@ def _plan(
 ) -> dict[str, Any]:
     if shards is not None and shards < 1:
         raise ValueError(f"`shards` must be at least 1, got {shards}.")
-    generated = isinstance(source, str) and source in EVENTS_PER_PATIENT
+    generated = isinstance(source, str) and source in GENERATED
     if generated and (input_dir is not None or engine != "duckdb"):
         raise ValueError(f"The source `{source}` reads nothing: leave out `input_dir` and `engine`.")
     if not generated and (input_dir is None or not Path(input_dir).exists()):
@@ -187,7 +187,7 @@ def _plan(
         "source": name,
         "generated": generated,
         "options": json.loads(json.dumps(options, default=str)),
-        "shards": shards or max(1, round(_expected_events(name, files, options) / EVENTS_PER_SHARD)),
+        "shards": shards or _default_shards(expected_events(name, options) if generated else _events_in(files)),
         "input_dir": None if input_dir is None else str(Path(input_dir).resolve()),
     }
     described = json.dumps([job["source"], job["options"], job["shards"], files], sort_keys=True)
@@ -203,10 +203,12 @@ def _list_files(input_dir: Path, output: Path) -> list[tuple[str, int, int]]:
     return [(str(path.relative_to(input_dir.parent)), path.stat().st_size, path.stat().st_mtime_ns) for path in kept]
 
 
-def _expected_events(source: str, files: list[tuple[str, int, int]], options: dict[str, Any]) -> float:
-    generated = options.get("patients", 10_000) * EVENTS_PER_PATIENT.get(source, 0)
-    read = sum(size if name.lower().endswith(COMPRESSED) else size // 5 for name, size, _ in files) / BYTES_PER_EVENT
-    return read if files else generated
+def _default_shards(events: float) -> int:
+    return max(1, round(events / EVENTS_PER_SHARD))
+
+
+def _events_in(files: list[tuple[str, int, int]]) -> float:
+    return sum(size if name.lower().endswith(COMPRESSED) else size // 5 for name, size, _ in files) / BYTES_PER_EVENT
 
 
 def _is_whole(output: Path, fingerprint: str, overwrite: bool) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-EVENTS_PER_PATIENT: Mapping[str, int] = {"synthetic": 45}
+GENERATED: Mapping[str, int] = {"synthetic": 45, "synthetic_icu": 1_000}
 """Name of the source → about how many events each of its patients has."""
 
 
@@ -17,7 +17,7 @@ def generate_shard(source: str, options: Mapping[str, Any], index: int, shards: 
     """EVENTS and the truth of the patients with ``subject_id % shards == index``.
 
     Args:
-        source: One of ``EVENTS_PER_PATIENT``.
+        source: One of ``GENERATED``.
         options: Fields of its configuration.
         index: Number of the shard.
         shards: How many there are.
@@ -25,19 +25,43 @@ def generate_shard(source: str, options: Mapping[str, Any], index: int, shards: 
     Raises:
         ValueError: An option is out of its range.
     """
+    if source == "synthetic_icu":
+        from hf_ehr.sources import synthetic_icu
+
+        return synthetic_icu.generate_shard(synthetic_icu.SyntheticIcuConfig(**options), index, shards)
     from hf_ehr.sources import synthetic
 
     return synthetic.generate_shard(synthetic.SyntheticConfig(**options), index, shards)
 
 
+def expected_events(source: str, options: Mapping[str, Any]) -> int:
+    """About how many events the cohort has.
+
+    Raises:
+        ValueError: An option is out of its range.
+    """
+    if source == "synthetic_icu":
+        from hf_ehr.sources.synthetic_icu import SyntheticIcuConfig
+
+        return SyntheticIcuConfig(**options).patients * GENERATED[source]
+    from hf_ehr.sources.synthetic import SyntheticConfig
+
+    return SyntheticConfig(**options).patients * GENERATED[source]
+
+
 def generated_labels(source: str, truth: Sequence[Path]) -> dict[str, pa.Table]:
-    """LABELS that the truth holds, by task.
+    """LABELS that only the truth holds, by task.
+
+    The outcomes of ``synthetic_icu`` are seen in its events: the named tasks label them, and its truth has the
+    probabilities.
 
     Args:
-        source: One of ``EVENTS_PER_PATIENT``.
+        source: One of ``GENERATED``.
         truth: Parquet files of the truth, one a shard.
     """
-    from hf_ehr.sources import synthetic
+    if source != "synthetic":
+        return {}
+    from hf_ehr.sources.synthetic import TASK, labels
 
     columns = ["subject_id", "prediction_time", "label"]
-    return {synthetic.TASK: pa.concat_tables(synthetic.labels(pq.read_table(path, columns=columns)) for path in truth)}
+    return {TASK: pa.concat_tables(labels(pq.read_table(path, columns=columns)) for path in truth)}
