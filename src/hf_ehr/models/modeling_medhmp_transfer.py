@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
+from transformers import PreTrainedModel
 
 from .configuration_medhmp import MedHMPConfig
 from .modeling_ehrrnn import VisitMlp
 from .modeling_medhmp import MedHMPModel, MedHMPStayModel
-from .modeling_medhmp_admission import CodeSetEncoder, without_pooler
+from .modeling_medhmp_admission import CodeSetEncoder
+from .modeling_note_encoder import opened_note_encoder, put_note_encoder
 from .tokenization_ehr import EhrCodeTokenizer
 
 _FEATURE_WEIGHTS = (
@@ -61,6 +61,35 @@ def load_stage(model: PreTrainedModel, folder: str | Path) -> list[str]:
         for name in names:
             targets[name].copy_(found[name])
     return names
+
+
+def load_hourly_encoder(model: Any, folder: str | Path) -> list[str]:
+    """Starts a unimodal model of stays from the pre-trained encoder of hours (Figure 4 of the paper).
+
+    Args:
+        model: An [`EhrSeriesModel`] or its classifier with `medhmp_encoder=True`; changed in place.
+        folder: Where a MedHMP model of either level was saved.
+
+    Returns:
+        Names of the tensors of the encoder, all of which were filled.
+
+    Raises:
+        ValueError: The model has no such encoder, the checkpoint lacks a tensor, or one has another shape. Nothing is
+            changed.
+    """
+    hours = getattr(model.base_model.network, "hours", None)
+    if hours is None:
+        raise ValueError("`model` must have `medhmp_encoder=True`, got False. Make it with it.")
+    source = _encoders(MedHMPStayModel if _is_stay_level(folder) else MedHMPModel, folder).stay_encoder.hourly
+    found, targets = source.state_dict(), hours.state_dict()
+    unlike = [name for name, weight in targets.items() if found[name].shape != weight.shape]
+    if unlike or hours.norm.eps != source.norm.eps:
+        raise ValueError(
+            f"`model` must have the sizes of the checkpoint, these differ: {unlike or ['layer_norm_eps']}. Make it "
+            "with its `num_hourly_features`, `hidden_size` and `layer_norm_eps`."
+        )
+    hours.load_state_dict(found)
+    return list(found)
 
 
 def load_code_encoder(
@@ -144,7 +173,7 @@ def with_note_encoder(model: Any, encoder: str | Path | PreTrainedModel, seed: i
     """
     if not hasattr(model.base_model, "admission_encoder"):
         raise ValueError(f"`model` must be of the level of admissions, got {type(model).__name__}. It reads notes.")
-    base = _opened(encoder)
+    base = opened_note_encoder(encoder)
     config = copy.deepcopy(model.config)
     config.note_config, config.note_size = base.config, base.config.hidden_size
     old = model.base_model.admission_encoder.note
@@ -152,14 +181,7 @@ def with_note_encoder(model: Any, encoder: str | Path | PreTrainedModel, seed: i
     names = ("note_encoder.",) if same else ("note_encoder.", "admission_encoder.note.")
     fresh = [name for name in model.state_dict() if name.removeprefix("medhmp.").startswith(names)]
     moved = _copied(model, config, fresh, seed)
-    wanted = type(moved.base_model.note_encoder)
-    if type(base) is not wanted:
-        raise ValueError(
-            f"`encoder` must be a text encoder alone, {wanted.__name__}, got {type(base).__name__}. Open it with "
-            "`AutoModelForTextEncoding`, or give its folder."
-        )
-    moved.base_model.note_encoder = without_pooler(base)
-    moved.tie_weights()
+    put_note_encoder(moved, base)
     return moved.train(model.training)
 
 
@@ -205,12 +227,3 @@ def _copied(model: Any, config: MedHMPConfig, fresh: list[str], seed: int) -> An
     kept = {name: weight for name, weight in model.state_dict().items() if name not in fresh}
     moved.load_state_dict(kept, strict=False)
     return moved.to(model.device, model.dtype).train(model.training)
-
-
-def _opened(encoder: str | Path | PreTrainedModel) -> Any:
-    """The text encoder of a model or of a checkpoint."""
-    if isinstance(encoder, PreTrainedModel):
-        return encoder.base_model
-    known = type(AutoConfig.from_pretrained(encoder)) in MODEL_FOR_TEXT_ENCODING_MAPPING
-    family = AutoModelForTextEncoding if known else AutoModel
-    return family.from_pretrained(encoder, dtype=torch.float32)
