@@ -72,11 +72,16 @@ ACUTE: tuple[Condition, ...] = (
     Condition("acute kidney injury", 0.18, "N17", "584", "B05XA02 C03CA02", (0.3, 0.0, 1.8, 0.0, 0.4)),
     Condition("shock", 0.10, "R57", "785.50 785.51 785.59", "H02AB09 B05AA01", (1.8, 0.0, 0.2, 0.2, 0.6)),
     Condition("myocardial infarction", 0.11, "I21 I22", "410", "B01AB01 C01BB01", (1.2, 0.0, 0.0, 0.0, 0.1)),
-    Condition("gastrointestinal bleeding", 0.09, "K92 K57 I85", "578 562 456.0", "H01CB02 B02BX06", (0.8, 0.0, 0.0, -0.4, 0.0)),
+    Condition(
+        "gastrointestinal bleeding", 0.09, "K92 K57 I85", "578 562 456.0", "H01CB02 B02BX06",
+        (0.8, 0.0, 0.0, -0.4, 0.0),
+    ),
     Condition("liver failure", 0.07, "K72 K76.7 K65", "570 572 567", "A06AD11 A07AA11", (0.0, 0.0, 0.4, 1.4, 0.3)),
     Condition("electrolyte disorder", 0.22, "E87 E86", "276", "A12BA01 A12CC02", (0.0, 0.0, 1.2, 0.0, 0.1)),
     Condition("delirium", 0.12, "F05 R40 G93", "293 780.0 348", "N05AD01 N05AH04", (0.4, 0.6, 0.0, 0.2, 0.5)),
-    Condition("urinary infection", 0.13, "N39.0 N30 N10", "599.0 595 590", "J01MA02 J01EE01", (0.0, 0.0, 0.4, 0.8, 0.0)),
+    Condition(
+        "urinary infection", 0.13, "N39.0 N30 N10", "599.0 595 590", "J01MA02 J01EE01", (0.0, 0.0, 0.4, 0.8, 0.0)
+    ),
 )  # fmt: skip
 
 CONDITIONS = (*TARGETS, *CHRONIC, *ACUTE)
