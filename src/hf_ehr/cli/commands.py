@@ -8,15 +8,15 @@ from typing import Any, cast
 
 import pyarrow.parquet as pq
 import torch
-from transformers import AutoModel, AutoTokenizer, TrainingArguments
+from transformers import AutoConfig, AutoModel, AutoTokenizer, TrainingArguments
 
 from hf_ehr import convert as convert_run
-from hf_ehr import evaluation, experiments, training
+from hf_ehr import evaluation, experiments, stay_evaluation, training
 from hf_ehr import quickstart as quickstart_run
 from hf_ehr import transfer as transfer_run
 from hf_ehr.attention_maps import attention_map, attention_of
 from hf_ehr.attention_page import attention_page
-from hf_ehr.cli import note_commands
+from hf_ehr.cli import note_commands, stay_commands
 from hf_ehr.cli._arguments import model_of, parse, positional
 from hf_ehr.cli.note_commands import (
     check_notes,
@@ -26,6 +26,8 @@ from hf_ehr.cli.note_commands import (
     highlight,
     prepare_notes,
 )
+from hf_ehr.cli.stay_commands import fit_hourly
+from hf_ehr.models.configuration_medhmp import MedHMPConfig
 from hf_ehr.prepare import SourceName, format_summary
 from hf_ehr.prepare import prepare as prepare_data
 from hf_ehr.schema import shard_paths
@@ -33,7 +35,7 @@ from hf_ehr.training._runs import json_options
 from hf_ehr.vocabulary import coverage
 from hf_ehr.vocabulary import fit_tokenizer as fit
 
-MODELS = ("medbert", "ehrbert")
+MODELS = ("medbert", "ehrbert", "medhmp")
 PRETRAIN_DEFAULTS = {  # section "Pretraining" of the Med-BERT paper, but for steps and warm-up that fit any data
     "learning_rate": 5e-5, "weight_decay": 0.01, "adam_epsilon": 1e-6, "warmup_steps": 0.1, "num_train_epochs": 10.0,
     "logging_steps": 50, "save_total_limit": 2,
@@ -119,6 +121,8 @@ def pretrain(words: list[str]) -> None:
     model, words = model_of("pretrain", words, MODELS, example)
     if model == "ehrbert":
         return note_commands.pretrain_ehrbert(words)
+    if model == "medhmp":
+        return stay_commands.pretrain_medhmp(words)
     kinds = (training.DataArguments, training.PretrainArguments, TrainingArguments)
     data, options, arguments = parse("pretrain medbert", example, words, *kinds, defaults=PRETRAIN_DEFAULTS)
     figures = training.pretrain(data, options, arguments)
@@ -140,6 +144,8 @@ def finetune(words: list[str]) -> None:
     model, words = model_of("finetune", words, MODELS, example)
     if model == "ehrbert":
         return note_commands.finetune_ehrbert(words)
+    if model == "medhmp":
+        return stay_commands.finetune_medhmp(words)
     kinds = (training.DataArguments, training.FinetuneArguments, TrainingArguments)
     data, options, arguments = parse("finetune medbert", example, words, *kinds, defaults=FINETUNE_DEFAULTS)
     folder = training.finetune(data, options, arguments)
@@ -151,7 +157,9 @@ def evaluate(words: list[str]) -> None:
     """``hf-ehr evaluate --model DIR --output DIR``."""
     example = "hf-ehr evaluate --model classifier/ --output classifier/evaluation"
     (arguments,) = parse("evaluate", example, words, evaluation.EvaluateArguments)
-    print(evaluation.evaluate(arguments).read_text())
+    evaluation.written_by_finetune(arguments.model)
+    medhmp = AutoConfig.from_pretrained(arguments.model).model_type == MedHMPConfig.model_type
+    print((stay_evaluation if medhmp else evaluation).evaluate(arguments).read_text())
 
 
 def report(words: list[str]) -> None:
@@ -217,6 +225,6 @@ def leave_ranks() -> None:
 
 __all__ = [
     "Path", "attention", "check_notes", "convert", "evaluate", "evaluate_coder", "evaluate_evidence", "finetune",
-    "fit_text_tokenizer", "fit_tokenizer", "highlight", "leave_ranks", "prepare", "prepare_notes", "pretrain",
-    "quickstart", "report", "transfer",
+    "fit_hourly", "fit_text_tokenizer", "fit_tokenizer", "highlight", "leave_ranks", "prepare", "prepare_notes",
+    "pretrain", "quickstart", "report", "transfer",
 ]  # fmt: skip

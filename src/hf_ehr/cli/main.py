@@ -11,10 +11,11 @@ from hf_ehr.version import __version__
 COMMANDS = {
     "prepare": "raw tables → events and records, one folder that everything else reads",
     "fit-tokenizer": "vocabulary of the training patients → tokenizer folder",
+    "fit-hourly": "measurements of the training patients' stays → folder of hourly features",
     "prepare-notes": "raw notes and their codes → one folder of notes",
     "fit-text-tokenizer": "vocabulary of the training notes → tokenizer folder",
     "check-notes": "copies of notes across splits, and sections that give codes or outcomes away",
-    "pretrain": "records or notes → pre-trained model folder",
+    "pretrain": "records, notes or intensive care stays → pre-trained model folder",
     "finetune": "pre-trained model + task or codes of notes → classifier or coder folder",
     "evaluate": "classifier folder → table with intervals and baselines, calibration plot, model card",
     "evaluate-coder": "coder folder → tables with intervals and baselines, per-code figures, model card",
