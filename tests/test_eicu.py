@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 from itertools import pairwise
+from pathlib import Path
 
 import ibis
 import pyarrow as pa
@@ -83,14 +84,19 @@ def engine() -> Engine:
     return Engine.connect(threads=2)
 
 
-@pytest.fixture(scope="module")
-def source(engine, tmp_path_factory) -> Source:
-    folder = write_tables(tmp_path_factory.mktemp("eicu"), TABLES)
+def write_unit(folder: Path) -> Path:
+    """All tables, and an hourly grid in the folder ``grid``."""
+    write_tables(folder, TABLES)
     (folder / "grid").mkdir()
     hours = pa.array([0, 3_600_000, 0], pa.duration("ms"))
     grid = {"stay_id": [100, 100, 777], "time": hours, "hr": [None, 81.5, 90.0], "crea": [1.5, None, 1.0]}
     pq.write_table(pa.table(grid), folder / "grid" / "dyn.parquet")
-    return eicu(engine, folder, yaib="grid")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source(engine, tmp_path_factory) -> Source:
+    return eicu(engine, write_unit(tmp_path_factory.mktemp("eicu")), yaib="grid")
 
 
 @pytest.fixture(scope="module")

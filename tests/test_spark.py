@@ -13,11 +13,16 @@ import pytest
 from hf_ehr.prepare import prepare
 from hf_ehr.records import assemble, assemble_partition
 from hf_ehr.schema import EVENT_SCHEMA, RECORD_SCHEMA, EhrDataError, shard_paths
+from hf_ehr.sources.eicu import eicu
 from hf_ehr.sources.engine import Column, Engine, Source
 from hf_ehr.sources.mimic3 import mimic3
 from hf_ehr.sources.mimic4 import mimic4
+from hf_ehr.sources.physionet2012 import physionet2012
+from hf_ehr.sources.physionet2019 import physionet2019
 
 from .tables import MIMIC3, MIMIC4, write_tables
+from .test_eicu import write_unit
+from .test_physionet import write_sets_of_2012, write_sets_of_2019
 
 pytest.importorskip("pyspark", reason="the extra `spark` is not installed")
 pytestmark = pytest.mark.skipif(shutil.which("java") is None, reason="Spark needs Java, which is not installed")
@@ -53,6 +58,20 @@ def rejected_of(source: Source) -> list[str]:
 def test_a_hospital_gives_the_same_events_and_rejected_rows(spark, duckdb, tmp_path, function, tables):
     folder = write_tables(tmp_path, tables)
     options = {"measurements": function is mimic3}
+    ours, theirs = (function(engine, folder, **options) for engine in (duckdb, spark))
+    assert events_of(theirs) == events_of(ours)
+    assert rejected_of(theirs) == rejected_of(ours)
+    assert theirs.warnings == ours.warnings
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("function", "write", "options"),
+    [(physionet2012, write_sets_of_2012, {}), (physionet2019, write_sets_of_2019, {}),
+     (eicu, write_unit, {"yaib": "grid"})],
+)  # fmt: skip
+def test_intensive_care_gives_the_same_events_and_rejected_rows(spark, duckdb, tmp_path, function, write, options):
+    folder = write(tmp_path)
     ours, theirs = (function(engine, folder, **options) for engine in (duckdb, spark))
     assert events_of(theirs) == events_of(ours)
     assert rejected_of(theirs) == rejected_of(ours)
