@@ -2,8 +2,8 @@
 
 ReportSpec (YAML) ─▶ materials: cohorts, tokenizers, checkpoints, embeddings ─▶ cells ─▶ tables
 
-A file with ``kind: coding`` compares coders of notes instead, by the modules of ``coding/`` in the same order, one with
-``kind: stays`` models of intensive care stays and admissions, by those of ``stays/``.
+A file with ``kind: coding`` compares coders of notes instead, by the modules of ``coding/`` in the same order, one
+with ``kind: stays`` models of intensive care stays and admissions, by those of ``stays/``.
 """
 
 from __future__ import annotations

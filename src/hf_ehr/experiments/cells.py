@@ -126,7 +126,8 @@ class Bench:
         """Test labels, their patients, and the AUROC of the generator's own probabilities where they are known."""
         examples = self.examples(Cell(data, task, self.spec.rows[0], self.spec.sizes[0], 0), "test")
         truth, patients = OneShotTest(np.asarray(examples["labels"])).read(), np.asarray(examples["subject_id"])
-        return truth, patients, oracle_auroc(Path(self.cohort(data).data.data), task_name(task), truth, patients)
+        folder = Path(self.cohort(data).data.data)
+        return truth, patients, oracle_auroc(folder, task_name(task), truth, "subject_id", patients)
 
     def seed(self, cell: Cell) -> int:
         """The pre-training seed of a draw."""
@@ -220,18 +221,27 @@ class Bench:
         return CodeEmbeddings.load(embeddings_folder(self.cohort(cell.data), init, dim, self.seed(cell)))
 
 
-def oracle_auroc(folder: Path, task: str, truth: np.ndarray, patients: np.ndarray) -> float | None:
-    """The AUROC of a generator's own probabilities for a task, None where the data set has none.
+def oracle_auroc(folder: Path, task: str, truth: np.ndarray, key: str, ids: np.ndarray) -> float | None:
+    """The AUROC of a generator's own probabilities, None where the data set knows none of the task.
 
-    ``truth/`` holds them by patient: ``oracle_probability`` of ``synthetic_outcome``, ``oracle_TASK`` of others.
+    Args:
+        folder: Prepared folder; ``truth/`` holds ``oracle_probability``, by ``task`` if it knows several.
+        task: Name of the task; ``synthetic_outcome`` where the truth has no tasks.
+        truth: Labels, (n,).
+        key: Column of the truth that says whose a probability is.
+        ids: Its values for the labels, (n,).
     """
     if not (folder / "truth").is_dir():
         return None
-    name = "oracle_probability" if task == "synthetic_outcome" else f"oracle_{task}"
     paths = shard_paths(folder, "truth")
-    if name not in pq.read_schema(paths[0]).names:
+    by_task = "task" in pq.read_schema(paths[0]).names
+    if not by_task and task != "synthetic_outcome":
         return None
-    known = pa.concat_tables(pq.read_table(path, columns=["subject_id", name]) for path in paths)
-    ids, p = (known[column].to_numpy() for column in ("subject_id", name))
-    order = np.argsort(ids)
-    return float(auroc(truth, p[order][np.searchsorted(ids[order], patients)]))
+    filters = [("task", "=", task)] if by_task else None
+    columns = [key, "oracle_probability"]
+    known = pa.concat_tables(pq.read_table(path, columns=columns, filters=filters) for path in paths)
+    owners, p = (known[column].to_numpy() for column in columns)
+    order = np.argsort(owners)
+    if len(np.unique(owners)) < len(owners) or not np.isin(ids, owners).all():
+        return None
+    return float(auroc(truth, p[order][np.searchsorted(owners[order], ids)]))

@@ -158,7 +158,7 @@ def _error_of(job: Job) -> str | None:
     try:
         job.call(*job.arguments)
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        return " ".join(f"{type(error).__name__}: {error}".split())
     return None
 
 

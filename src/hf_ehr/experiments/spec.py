@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -236,7 +237,7 @@ def from_content(
         "comparisons": lambda pairs: tuple(tuple(pair) for pair in pairs),
     }
     for name, part in ({"pretraining": PretrainSpec} | dict(parts or {})).items():
-        nested[name] = lambda item, name=name, part=part: build(part, item, name)
+        nested[name] = partial(build, part, where=name)
     fields_of = {name: nested[name](value) if name in nested else value for name, value in content.items()}
     return build(kind, fields_of, str(content["name"]))
 

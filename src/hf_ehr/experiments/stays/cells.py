@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +14,56 @@ import torch
 from transformers import TrainingArguments
 
 from hf_ehr.baselines import Predictions
-from hf_ehr.experiments.cells import TUNING_DRAW, Cell, oracle_auroc
+from hf_ehr.experiments.cells import TUNING_DRAW, oracle_auroc
 from hf_ehr.experiments.spec import digest
 from hf_ehr.experiments.stays.materials import (
     SILENT,
     SPLITS,
     Features,
     StayCohort,
-    examples_folder,
     load_examples,
 )
 from hf_ehr.experiments.stays.models import Collate, collator, fit, new_model, probabilities, set_head
-from hf_ehr.experiments.stays.spec import ADMISSION, MEDHMP, PREVALENCE, StayRow, StaySpec, patients_at, task_path
-from hf_ehr.experiments.stays.summaries import load_summaries
+from hf_ehr.experiments.stays.spec import (
+    ADMISSION,
+    MEDHMP,
+    PREVALENCE,
+    StayData,
+    StayRow,
+    StaySpec,
+    patients_at,
+    task_path,
+)
+from hf_ehr.experiments.stays.summaries import admission_summaries, load_summaries
 from hf_ehr.metrics import auroc
-from hf_ehr.schema import EhrDataError, atomic_path
+from hf_ehr.schema import atomic_path
 from hf_ehr.stay_baselines import STAY_BASELINES
 from hf_ehr.tasks.audit import OneShotTest
 from hf_ehr.training import task_name
 
 MEMBER_SEEDS = 1_000
 """Seeds of the members of an ensemble lie this far apart, so that no draw's member is another draw's."""
+
+
+@dataclass(frozen=True)
+class StayCell:
+    """What one fit is determined by, beside the report's settings."""
+
+    data: StayData
+    task: str
+    row: StayRow
+    size: int | str
+    draw: int
+
+    @property
+    def name(self) -> str:
+        """What a failure is reported under."""
+        return f"{self.row.name}, {self.data.name}, {self.task}, {self.size} patients, draw {self.draw}"
+
+    @property
+    def untuned(self) -> StayCell:
+        """The cell that the learning rate is chosen on."""
+        return replace(self, draw=TUNING_DRAW)
 
 
 class StayBench:
@@ -48,42 +77,31 @@ class StayBench:
     def __init__(self, spec: StaySpec, work: Path):
         self.spec, self.work = spec, work
 
-    def cohort(self, data: Any) -> StayCohort:
+    def cohort(self, data: StayData) -> StayCohort:
         """A data set in the work folder."""
         return StayCohort(data, self.work)
 
-    def features(self, cell: Cell) -> Features:
+    def features(self, cell: StayCell) -> Features:
         """What a cell's row reads of the hours."""
         return self.cohort(cell.data).features(cell.row)
 
-    @property
-    def first(self) -> StayRow:
-        """The row whose admission stage gives the tokenizers of the report's examples."""
-        rows = [row for row in self.spec.rows if row.needs_admissions]
-        if not rows:
-            raise EhrDataError("A report of admissions must have a row with `init: a` or `a+s`. Add one.")
-        return rows[0]
-
-    def path(self, cell: Cell) -> Path:
+    def path(self, cell: StayCell) -> Path:
         """Where the probabilities of a cell lie."""
         return self.work / "stay-cells" / f"{self.key(cell)}.npz"
 
-    def rate_path(self, cell: Cell) -> Path:
+    def rate_path(self, cell: StayCell) -> Path:
         """Where the learning rate of a cell's row lies."""
         return self.work / "stay-cells" / f"{self.key(cell.untuned)}.json"
 
-    def summaries_path(self, cell: Cell) -> Path:
+    def summaries_path(self, cell: StayCell) -> Path:
         """Where the summaries of a column's stays lie."""
-        name = f"{task_name(task_path(cell.task))}.npz"
-        if self.spec.level == ADMISSION:
-            return examples_folder(self.features(cell), self.spec, cell.task, SPLITS[0]).parent / name
-        return self.cohort(cell.data).folder / "summaries" / name
+        return self.cohort(cell.data).folder / "summaries" / f"{task_name(task_path(cell.task))}.npz"
 
-    def all_examples(self, cell: Cell, split: str) -> Any:
+    def all_examples(self, cell: StayCell, split: str) -> Any:
         """The examples of all labelled patients of a split."""
         return load_examples(self.features(cell), self.spec, cell.task, split)
 
-    def examples(self, cell: Cell, split: str) -> Any:
+    def examples(self, cell: StayCell, split: str) -> Any:
         """The examples of a split that a cell sees: its labelled draw, or a fixed sample of validation or test."""
         examples = self.all_examples(cell, split)
         subjects = np.asarray(examples.data["subject_id"].to_numpy())
@@ -95,11 +113,11 @@ class StayBench:
         chosen = np.random.default_rng(cell.draw if split == "train" else 0).permutation(patients)[:wanted]
         return examples.select(np.flatnonzero(np.isin(subjects, chosen)))
 
-    def seed(self, cell: Cell, member: int = 0) -> int:
+    def seed(self, cell: StayCell, member: int = 0) -> int:
         """The pre-training seed of a draw and a member of its ensemble."""
         return member if cell.draw == TUNING_DRAW else (cell.draw + member) % self.spec.pretraining.seeds
 
-    def run(self, cell: Cell) -> None:
+    def run(self, cell: StayCell) -> None:
         """Fits a cell and writes its probabilities; no row is shown a test label."""
         started = time.monotonic()
         parts = {split: self.examples(cell, split) for split in SPLITS}
@@ -110,7 +128,7 @@ class StayBench:
                 n_train=len(np.unique(parts["train"]["subject_id"])), seconds=time.monotonic() - started,
             )  # fmt: skip
 
-    def tune(self, cell: Cell) -> None:
+    def tune(self, cell: StayCell) -> None:
         """Chooses the learning rate of a row by validation AUROC on the draw that is not reported."""
         draw = replace(cell.untuned, row=replace(cell.row, ensemble=1))
         parts = {split: self.examples(draw, split) for split in SPLITS[:2]}
@@ -122,21 +140,21 @@ class StayBench:
         with atomic_path(self.rate_path(cell)) as temporary:
             temporary.write_text(json.dumps({"learning_rate": best, "validation_auroc": scores}, indent=2))
 
-    def rate(self, cell: Cell) -> float:
+    def rate(self, cell: StayCell) -> float:
         """The learning rate of a cell."""
         rates = cell.row.learning_rates
         return json.loads(self.rate_path(cell).read_text())["learning_rate"] if len(rates) > 1 else rates[0]
 
-    def collator(self, cell: Cell) -> Collate:
+    def collator(self, cell: StayCell) -> Collate:
         """What makes batches of a cell's examples."""
-        return collator(self.features(cell), self.spec, self.first if self.spec.level == ADMISSION else cell.row)
+        return collator(self.features(cell), self.spec)
 
-    def settings(self, cell: Cell) -> dict[str, Any]:
+    def settings(self, cell: StayCell) -> dict[str, Any]:
         """Fields of ``TrainingArguments`` of a cell, and ``patience``."""
         given = {"use_cpu": not torch.cuda.is_available()} | self.spec.finetuning_of(cell.size) | cell.row.training
         return {name: value for name, value in SILENT.items() if name != "save_strategy"} | given
 
-    def start(self, cell: Cell, parts: dict[str, Any], collate: Collate, member: int = 0) -> Any:
+    def start(self, cell: StayCell, parts: dict[str, Any], collate: Collate, member: int = 0) -> Any:
         """The model of a cell before it is trained."""
         torch.manual_seed(cell.draw + MEMBER_SEEDS * member)
         model = new_model(self, cell, self.seed(cell, member))
@@ -145,14 +163,15 @@ class StayBench:
             set_head(model, parts["train"], parts["validation"], collate)
         return model
 
-    def test(self, data: Any, task: str) -> tuple[np.ndarray, np.ndarray, float | None]:
+    def test(self, data: StayData, task: str) -> tuple[np.ndarray, np.ndarray, float | None]:
         """Test labels, their patients, and the AUROC of the generator's own probabilities where they are known."""
-        examples = self.examples(Cell(data, task, self.spec.rows[0], self.spec.sizes[0], 0), "test")
+        examples = self.examples(StayCell(data, task, self.spec.rows[0], self.spec.sizes[0], 0), "test")
         truth, patients = OneShotTest(np.asarray(examples["labels"])).read(), np.asarray(examples["subject_id"])
-        folder = Path(self.cohort(data).place("test").data)
-        return truth, patients, oracle_auroc(folder, task_name(task_path(task)), truth, patients)
+        folder, key = Path(self.cohort(data).place("test").data), self.spec.key
+        ids = np.asarray(examples[key])
+        return truth, patients, oracle_auroc(folder, task_name(task_path(task)), truth, key, ids)
 
-    def key(self, cell: Cell) -> str:
+    def key(self, cell: StayCell) -> str:
         """The digest of everything that determines a cell."""
         spec, row = self.spec, asdict(replace(cell.row, name=""))
         stages = spec.pretraining
@@ -168,15 +187,18 @@ class StayBench:
             settings += [self.cohort(source).key, source.features]
         return digest(*place, row, *settings, *limits)
 
-    def _classical(self, cell: Cell, parts: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    def _classical(self, cell: StayCell, parts: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         if cell.row.model == PREVALENCE:
             share = float(np.mean(parts["train"]["labels"]))
             return np.full(len(parts["validation"]), share), np.full(len(parts["test"]), share)
-        summaries = load_summaries(self.summaries_path(cell), parts)
+        if self.spec.level == ADMISSION:
+            summaries = admission_summaries(parts, self.features(cell).extractor().num_hourly_features)
+        else:
+            summaries = load_summaries(self.summaries_path(cell), parts)
         found: Predictions = STAY_BASELINES[cell.row.model](*(summaries[s] for s in SPLITS), seed=cell.draw)
         return found.validation, found.test
 
-    def _neural(self, cell: Cell, parts: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    def _neural(self, cell: StayCell, parts: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         rate, collate = self.rate(cell), self.collator(cell)
         found: list[list[np.ndarray]] = []
         for member in range(cell.row.ensemble):
@@ -185,7 +207,7 @@ class StayBench:
         validation, test = (np.mean(part, axis=0) for part in zip(*found, strict=True))
         return validation, test
 
-    def _fitted(self, cell: Cell, parts: dict[str, Any], rate: float, collate: Collate, member: int = 0) -> Any:
+    def _fitted(self, cell: StayCell, parts: dict[str, Any], rate: float, collate: Collate, member: int = 0) -> Any:
         model = self.start(cell, parts, collate, member)
         if cell.row.probe:
             return model

@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 from transformers import Trainer, TrainingArguments
 
-from hf_ehr.experiments.cells import Cell
 from hf_ehr.experiments.spec import digest
-from hf_ehr.experiments.stays.cells import StayBench
+from hf_ehr.experiments.stays.cells import StayBench, StayCell
 from hf_ehr.experiments.stays.spec import CurveSpec
 from hf_ehr.metrics import auroc, average_precision, best_f1_threshold, f1_at
 from hf_ehr.schema import atomic_path
@@ -25,25 +24,25 @@ from hf_ehr.visualization import COLORS, MARKERS, _decorate, _figure, _legend_be
 FIGURES = ("auroc", "average_precision", "f1", "best_f1")
 
 
-def curve_cells(bench: StayBench) -> list[Cell]:
+def curve_cells(bench: StayBench) -> list[StayCell]:
     """The cells whose training is followed."""
     spec, curve = bench.spec, bench.spec.convergence
     if curve is None:
         return []
     return [
-        Cell(data, task, spec.row(name), curve.size, draw)  # type: ignore[arg-type]
+        StayCell(data, task, spec.row(name), curve.size, draw)
         for data, task in spec.columns()
         for name in curve.rows
         for draw in range(curve.draws)
     ]
 
 
-def curve_path(bench: StayBench, cell: Cell) -> Path:
+def curve_path(bench: StayBench, cell: StayCell) -> Path:
     """Where the figures of a cell by epoch lie."""
     return bench.work / "stay-curves" / f"{digest(bench.key(cell), _curve(bench).epochs)}.json"
 
 
-def run_curve(bench: StayBench, cell: Cell) -> None:
+def run_curve(bench: StayBench, cell: StayCell) -> None:
     """Trains a cell for all epochs and writes the validation figures of each, the start being epoch 0."""
     parts, collate = {split: bench.examples(cell, split) for split in ("train", "validation")}, bench.collator(cell)
     model = bench.start(cell, parts, collate)
@@ -86,10 +85,9 @@ def write_curves(bench: StayBench, folder: Path) -> list[Path]:
             if all(curve_path(bench, cell).is_file() for cell in mine):
                 found = [json.loads(curve_path(bench, cell).read_text()) for cell in mine]
                 curves[name] = {key: np.mean([[row[key] for row in one] for one in found], 0) for key in found[0][0]}
-                columns = zip(*curves[name].values(), strict=True)
-                lines += [
-                    dict(zip(curves[name], row, strict=True)) | _place(data, task, name, mine) for row in columns
-                ]
+                place = {"data": data.name, "task": task, "row": name, "draws": len(mine)}
+                epochs = zip(*curves[name].values(), strict=True)
+                lines += [place | dict(zip(curves[name], values, strict=True)) for values in epochs]
         if curves:
             drawn[f"{task} ({data.name})"] = curves
     if not drawn:
@@ -129,10 +127,6 @@ def convergence_curve(curves: Mapping[str, Mapping[str, np.ndarray]], path: Path
         _legend_beside(panels[-1])
         figure.suptitle(title)
         figure.tight_layout()
-
-
-def _place(data: Any, task: str, row: str, cells: list[Cell]) -> dict[str, Any]:
-    return {"data": data.name, "task": task, "row": row, "draws": len(cells)}
 
 
 def _curve(bench: StayBench) -> CurveSpec:

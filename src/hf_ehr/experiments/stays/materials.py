@@ -7,6 +7,7 @@ patients ─▶ hourly features ─▶ stage 1 ─▶ stage 2 ─▶ examples an
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -137,9 +138,17 @@ class Features:
         """The fitted extractor."""
         return HourlyFeatureExtractor.from_pretrained(self.extractor_folder)
 
-    def examples_folder(self, level: str, task: str, split: str, notes: str) -> Path:
-        """Where the examples of a split lie; ``notes`` tells text encoders apart."""
-        return self.folder / "examples" / "-".join(filter(None, [level, task_name(task_path(task)), notes])) / split
+    def blank(self, stages: StagesSpec) -> Path:
+        """Where codes, notes and shape of the level of admissions lie: a processor beside a model without training."""
+        given = [stages.part("admissions", "options"), stages.part("stays", "options"), stages.notes]
+        return self.folder / "blank" / digest(*given)
+
+    def examples_folder(self, spec: StaySpec, task: str, split: str) -> Path:
+        """Where the examples of a split lie that the rows of a report read."""
+        task, level = task_name(task_path(task)), spec.level
+        if level == ADMISSION:
+            level = f"{level}-{self.blank(spec.pretraining).name}"
+        return self.folder / "examples" / f"{level}-{task}" / split
 
     def stage1(self, stages: StagesSpec, seed: int) -> Path:
         """Where the stay stage of one seed lies."""
@@ -174,25 +183,38 @@ def make_stage2(features: Features, stages: StagesSpec, row: StayRow, seed: int)
         output_dir=str(features.stage2(stages, row, seed)), seed=seed,
         **(SILENT | stages.part("admissions", "training")),
     )  # fmt: skip
-    pretrain_admissions(features.cohort.data, admission_arguments(features, stages, row, seed), training)
+    weights = {weight: 0.0 for name, weight in OBJECTIVE_WEIGHTS.items() if name not in row.objectives}
+    stays = features.stage1(stages, seed) if row.init == "a+s" else None
+    pretrain_admissions(features.cohort.data, admission_arguments(features, stages, stays, weights), training)
 
 
-def admission_arguments(features: Features, stages: StagesSpec, row: StayRow, seed: int) -> AdmissionPretrainArguments:
-    """The options of the admission stage of a row."""
+def admission_arguments(
+    features: Features, stages: StagesSpec, stays: Path | None = None, weights: Mapping[str, float] | None = None
+) -> AdmissionPretrainArguments:
+    """The options of the admission stage, after a stay stage or without, with other weights of its losses."""
     from hf_ehr.training.admissions import AdmissionPretrainArguments
 
-    given = stages.part("admissions", "options")
-    shape = stages.part("stays", "options")
-    model = shape.get("model_options", {}) | given.get("model_options", {})
-    model |= {weight: 0.0 for name, weight in OBJECTIVE_WEIGHTS.items() if name not in row.objectives}
-    options = {"preset": shape["preset"]} if "preset" in shape else {}
+    given, shape = stages.part("admissions", "options"), stages.part("stays", "options")
+    model = shape.get("model_options", {}) | given.get("model_options", {}) | dict(weights or {})
+    options: dict[str, Any] = {"preset": shape["preset"]} if "preset" in shape else {}
     options |= given | {"model_options": json.dumps(model)}
     if stages.notes is not None:
         options["note_encoder"] = str(note_encoder_folder(features.cohort, stages))
-    return AdmissionPretrainArguments(
-        stays=str(features.stage1(stages, seed)) if row.init == "a+s" else None,
-        features=str(features.extractor_folder), **options,
-    )  # fmt: skip
+    # The features of a stay stage lie beside it.
+    source: dict[str, Any] = {"features": str(features.extractor_folder)} if stays is None else {"stays": str(stays)}
+    return AdmissionPretrainArguments(**source, **options)
+
+
+def make_blank(features: Features, stages: StagesSpec) -> None:
+    """Fits the tokenizers of codes on the training patients, and makes a model of their shape without training."""
+    from hf_ehr.training.admissions import admission_processor, new_admission_model
+
+    arguments, cohort = admission_arguments(features, stages), features.cohort
+    processor = admission_processor(cohort.data, arguments, cohort.splits["train"])
+    model = new_admission_model(arguments, processor, seed=0)
+    with atomic_folder(features.blank(stages)) as temporary:
+        model.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
 
 
 def note_encoder_folder(cohort: StayCohort, stages: StagesSpec) -> Path:
@@ -228,45 +250,38 @@ def notes_of(data: str | Path, subject_ids: np.ndarray) -> pa.Table:
     return notes.select(NOTE_TABLE_SCHEMA.names).to_arrow().cast(NOTE_TABLE_SCHEMA)
 
 
-def make_examples(features: Features, spec: StaySpec, row: StayRow, task: str, split: str) -> None:
-    """Writes the examples of one split for a task, at the level of the report."""
+def make_examples(features: Features, spec: StaySpec, task: str, split: str) -> None:
+    """Writes the examples of one split for a task, at the level of the report; of notes it is their vectors."""
     cohort = features.cohort
     given: dict[str, Any] = {"labels": cohort.labels(task, split), "subject_ids": cohort.splits[split]}
     data = cohort.place(split).data
     if spec.level == ADMISSION:
         from hf_ehr.admission_datasets import build_admission_examples
+        from hf_ehr.training.admissions import frozen_notes
 
-        examples = build_admission_examples(data, processor_of(features, spec, row), **given)
+        processor, model = open_blank(features, spec.pretraining)
+        examples = build_admission_examples(data, processor, note_vectors=frozen_notes(model, processor), **given)
     else:
         examples = build_stay_examples(data, features.extractor(), **given)
-    with atomic_folder(examples_folder(features, spec, task, split)) as temporary:
+    with atomic_folder(features.examples_folder(spec, task, split)) as temporary:
         examples.save_to_disk(str(temporary))
-
-
-def examples_folder(features: Features, spec: StaySpec, task: str, split: str) -> Path:
-    """Where the examples of a split lie that the rows of a report read."""
-    notes = digest(spec.pretraining.notes) if spec.level == ADMISSION and spec.pretraining.notes else ""
-    codes = digest(spec.pretraining.admissions) if spec.level == ADMISSION else ""
-    return features.examples_folder(spec.level, task, split, "-".join(filter(None, [codes, notes])))
 
 
 def load_examples(features: Features, spec: StaySpec, task: str, split: str) -> datasets.Dataset:
     """The examples of all labelled patients of a split."""
     import datasets
 
-    return datasets.load_from_disk(str(examples_folder(features, spec, task, split)))
+    return datasets.load_from_disk(str(features.examples_folder(spec, task, split)))
 
 
 def make_move(source: Path, features: Features, seed: int, name: str) -> None:
     """Gives a checkpoint the features of another cohort; what was kept is in its ``transfer.json``."""
-    from transformers import AutoModelForPreTraining
-
-    from hf_ehr.models.modeling_medhmp import MedHMPForStayPreTraining
+    from hf_ehr.models.modeling_medhmp import MedHMPForAdmissionPreTraining, MedHMPForStayPreTraining
     from hf_ehr.models.modeling_medhmp_transfer import with_new_features
 
     extractor = features.extractor()
-    stay_stage = name == "s"
-    model = (MedHMPForStayPreTraining if stay_stage else AutoModelForPreTraining).from_pretrained(source)
+    kind: Any = MedHMPForStayPreTraining if name == "s" else MedHMPForAdmissionPreTraining
+    model = kind.from_pretrained(source)
     moved, report = with_new_features(model, extractor.num_hourly_features, extractor.num_demographics, seed)
     with atomic_folder(features.moved(source, name)) as temporary:
         moved.save_pretrained(temporary)
@@ -274,11 +289,13 @@ def make_move(source: Path, features: Features, seed: int, name: str) -> None:
         (temporary / "transfer.json").write_text(json.dumps(report._asdict(), indent=1) + "\n")
 
 
-def processor_of(features: Features, spec: StaySpec, row: StayRow) -> Any:
-    """Tokenizers of codes and notes with the hourly features, fitted on the training patients."""
+def open_blank(features: Features, stages: StagesSpec) -> tuple[Any, Any]:
+    """What encodes admissions, and the model of their shape without training."""
+    from hf_ehr.models.modeling_medhmp import MedHMPForAdmissionPreTraining
     from hf_ehr.models.processing_medhmp import MedHMPProcessor
 
-    return MedHMPProcessor.from_pretrained(features.stage2(spec.pretraining, row, 0))
+    folder = features.blank(stages)
+    return MedHMPProcessor.from_pretrained(folder), MedHMPForAdmissionPreTraining.from_pretrained(folder)
 
 
 def _options(given: dict[str, Any]) -> dict[str, Any]:

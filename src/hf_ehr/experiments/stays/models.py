@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
-from hf_ehr.experiments.stays.materials import Features, note_encoder_folder, processor_of
+from hf_ehr.experiments.stays.materials import Features
 from hf_ehr.experiments.stays.spec import ADMISSION, GATES, MEDHMP, NOTE, StayRow, StaySpec
 from hf_ehr.models.configuration_ehrfusion import EhrFusionConfig
 from hf_ehr.models.configuration_ehrseries import EhrSeriesConfig
@@ -26,29 +26,25 @@ from hf_ehr.models.modeling_medhmp import (
 from hf_ehr.models.modeling_medhmp_transfer import load_stage
 from hf_ehr.stay_collators import AdmissionCollator, StayCollator
 from hf_ehr.training.finetuning import fit_best_epoch, positive, set_probe
-from hf_ehr.training.stays import STAYS_AT_A_TIME, StayPretrainArguments, stay_config
+from hf_ehr.training.stays import StayPretrainArguments, outputs_of, stay_config
 
 if TYPE_CHECKING:
     import datasets
 
-    from hf_ehr.experiments.cells import Cell
-    from hf_ehr.experiments.stays.cells import StayBench
+    from hf_ehr.experiments.stays.cells import StayBench, StayCell
 
 Collate = Callable[[Any], dict[str, torch.Tensor]]
 
 
-def collator(features: Features, spec: StaySpec, row: StayRow) -> Collate:
-    """What makes batches at the level of the report; `row` is one whose admission stage holds the tokenizers."""
+def collator(features: Features, spec: StaySpec) -> Collate:
+    """What makes batches at the level of the report."""
     if spec.level != ADMISSION:
         return StayCollator()
-    processor = processor_of(features, spec, row)
-    return AdmissionCollator(
-        processor.diagnosis_tokenizer, processor.medication_tokenizer,
-        processor.feature_extractor.num_demographics, getattr(processor, "note_tokenizer", None),
-    )  # fmt: skip
+    config = MedHMPConfig.from_pretrained(features.blank(spec.pretraining))
+    return AdmissionCollator.for_model(config, [])  # notes are vectors
 
 
-def new_model(bench: StayBench, cell: Cell, seed: int) -> Any:
+def new_model(bench: StayBench, cell: StayCell, seed: int) -> Any:
     """A classifier of two classes for a cell, on pre-trained weights where its row has them; its head is random.
 
     Args:
@@ -63,7 +59,7 @@ def new_model(bench: StayBench, cell: Cell, seed: int) -> Any:
     return _series(bench, cell, seed)
 
 
-def checkpoint(bench: StayBench, cell: Cell, seed: int) -> Path:
+def checkpoint(bench: StayBench, cell: StayCell, seed: int) -> Path:
     """Where the weights lie that a row starts from."""
     spec, row, features = bench.spec, cell.row, bench.features(cell)
     if row.pretrained_on in (None, cell.data.name):
@@ -100,52 +96,33 @@ def probabilities(model: Any, examples: datasets.Dataset, collate: Collate) -> n
     return positive(outputs_of(model, examples, collate, "logits"))
 
 
-def outputs_of(model: Any, examples: datasets.Dataset, collate: Collate, name: str) -> np.ndarray:
-    """One output of the model for each example, (examples, features)."""
-    model.eval()
-    found = []
-    for batch in DataLoader(examples.with_format("numpy"), batch_size=STAYS_AT_A_TIME, collate_fn=collate):  # type: ignore[arg-type]
-        inputs = {key: value.to(model.device) for key, value in batch.items() if key != "labels"}
-        with torch.no_grad():
-            found.append(getattr(model(**inputs), name).float().cpu().numpy())
-    return np.concatenate(found)
-
-
-def _stay_model(bench: StayBench, cell: Cell, seed: int) -> MedHMPForStayClassification:
+def _stay_model(bench: StayBench, cell: StayCell, seed: int) -> MedHMPForStayClassification:
     if cell.row.init == "none":
         return MedHMPForStayClassification(_shape(bench, cell, num_labels=2))
     fields = {"num_labels": 2} | cell.row.model_options
     return MedHMPForStayClassification.from_pretrained(checkpoint(bench, cell, seed), **fields)
 
 
-def _admission_model(bench: StayBench, cell: Cell, seed: int) -> MedHMPForAdmissionClassification:
-    spec, row, features = bench.spec, cell.row, bench.features(cell)
+def _admission_model(bench: StayBench, cell: StayCell, seed: int) -> MedHMPForAdmissionClassification:
+    stages, row, features = bench.spec.pretraining, cell.row, bench.features(cell)
     fields = {"num_labels": 2} | row.model_options
     if row.needs_admissions:
-        return MedHMPForAdmissionClassification.from_pretrained(features.stage2(spec.pretraining, row, seed), **fields)
-    # The shape, the vocabularies and the frozen text encoder are those of the stage; its weights are not.
-    shaped = features.stage2(spec.pretraining, bench.first, seed)
-    model = MedHMPForAdmissionClassification(MedHMPConfig.from_pretrained(shaped, **fields))
-    if model.medhmp.note_encoder is not None and model.config.freeze_note_encoder:
-        stage = MedHMPForAdmissionClassification.from_pretrained(shaped, **fields)
-        model.medhmp.note_encoder.load_state_dict(stage.medhmp.note_encoder.state_dict())
-        model.tie_weights()
+        return MedHMPForAdmissionClassification.from_pretrained(features.stage2(stages, row, seed), **fields)
+    model = MedHMPForAdmissionClassification(MedHMPConfig.from_pretrained(features.blank(stages), **fields))
     if row.init == "s":
-        load_stage(model, features.stage1(spec.pretraining, seed))
+        load_stage(model, features.stage1(stages, seed))
     return model
 
 
-def _shape(bench: StayBench, cell: Cell, **fields: Any) -> MedHMPConfig:
+def _shape(bench: StayBench, cell: StayCell, **fields: Any) -> MedHMPConfig:
     """MedHMP's configuration with the sizes of the cell's features."""
-    import json
-
     given = bench.spec.pretraining.part("stays", "options")
     options = given.get("model_options", {}) | cell.row.model_options | fields
     arguments = StayPretrainArguments(preset=given.get("preset", "base"), model_options=json.dumps(options))
     return stay_config(arguments, bench.features(cell).extractor())
 
 
-def _series(bench: StayBench, cell: Cell, seed: int) -> EhrSeriesForSequenceClassification:
+def _series(bench: StayBench, cell: StayCell, seed: int) -> EhrSeriesForSequenceClassification:
     row, extractor = cell.row, bench.features(cell).extractor()
     fields: dict[str, Any] = {"architecture": row.model, "num_labels": 2, "medhmp_encoder": row.medhmp_encoder}
     fields |= {name: getattr(extractor, name) for name in ("num_hourly_features", "num_demographics", "n_hours")}
@@ -160,22 +137,19 @@ def _series(bench: StayBench, cell: Cell, seed: int) -> EhrSeriesForSequenceClas
     model = EhrSeriesForSequenceClassification(EhrSeriesConfig(**(fields | row.model_options)))
     if row.init != "none":
         stays = MedHMPStayModel.from_pretrained(checkpoint(bench, cell, seed))
-        model.model.network.hours.load_state_dict(stays.stay_encoder.hourly.state_dict())  # type: ignore[union-attr]
+        model.model.network.hours.load_state_dict(stays.stay_encoder.hourly.state_dict())
     return model
 
 
-def _gate(bench: StayBench, cell: Cell) -> EhrFusionForSequenceClassification:
+def _gate(bench: StayBench, cell: StayCell) -> EhrFusionForSequenceClassification:
     features = bench.features(cell)
-    extractor, encoder = features.extractor(), note_encoder_folder(features.cohort, bench.spec.pretraining)
-    fields: dict[str, Any] = {"num_labels": 2, "freeze_note_encoder": True, "note_pooling": "mean"}
+    extractor, blank = features.extractor(), MedHMPConfig.from_pretrained(features.blank(bench.spec.pretraining))
+    fields: dict[str, Any] = {"num_labels": 2, "note_size": blank.note_size}
     fields |= {name: getattr(extractor, name) for name in ("num_hourly_features", "num_demographics", "n_hours")}
     fields |= _known(EhrFusionConfig, bench.spec.series) | cell.row.model_options
     if cell.row.model == NOTE:
-        fields |= {"main": "note", "series_encoder": None}
-    else:
-        named = EhrFusionConfig.yang_wu(cell.row.model)
-        fields |= {"main": named.main, "series_encoder": named.series_encoder}
-    return EhrFusionForSequenceClassification.from_note_encoder(encoder, **fields)
+        return EhrFusionForSequenceClassification(EhrFusionConfig(main="note", series_encoder=None, **fields))
+    return EhrFusionForSequenceClassification(EhrFusionConfig.yang_wu(cell.row.model, **fields))
 
 
 def _known(kind: Any, fields: dict[str, Any]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ class StayData:
         input: Folder of the raw tables; ``${VARIABLES}`` are filled in.
         options: The source's own options.
         folder: A prepared folder, instead of the three above.
-        test: Where the test patients come from, if not from here: ``source``, ``input`` and ``options``, or ``folder``.
+        test: Where test patients come from, if not from here: ``source``, ``input`` and ``options``, or ``folder``.
             The internal test patients then train as well.
         tasks: Tasks of this data set instead of the report's; an empty list where it is only pre-trained on.
         features: Arguments of ``fit_hourly_features``.
@@ -262,6 +262,11 @@ class StaySpec:
         """
         nested = {"pretraining": StagesSpec, "convergence": CurveSpec}
         return from_content(cls, read_yaml(path), StayData, StayRow, nested)
+
+    @property
+    def key(self) -> str:
+        """What an example is of: ``stay_id`` or ``visit_id``."""
+        return "visit_id" if self.level == ADMISSION else "stay_id"
 
     def draws_at(self, size: int | str) -> int:
         """Number of draws of a size."""

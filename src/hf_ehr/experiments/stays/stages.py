@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hf_ehr.experiments.cells import Cell
 from hf_ehr.experiments.runner import Job
 from hf_ehr.experiments.spec import ALL
-from hf_ehr.experiments.stays.cells import StayBench
+from hf_ehr.experiments.stays.cells import StayBench, StayCell
 from hf_ehr.experiments.stays.convergence import curve_cells, curve_path, run_curve
 from hf_ehr.experiments.stays.materials import (
     PRETRAINING_FILE,
     SPLITS,
     Features,
-    examples_folder,
+    make_blank,
     make_examples,
     make_move,
     make_note_encoder,
@@ -23,13 +22,13 @@ from hf_ehr.experiments.stays.materials import (
 )
 from hf_ehr.experiments.stays.models import stage_folder
 from hf_ehr.experiments.stays.spec import ADMISSION, PREVALENCE, StayData, StayRow, StaySpec
-from hf_ehr.experiments.stays.summaries import make_admission_summaries, make_summaries
+from hf_ehr.experiments.stays.summaries import make_summaries
 
 
-def cells(spec: StaySpec) -> list[Cell]:
+def cells(spec: StaySpec) -> list[StayCell]:
     """All cells, draw by draw, so that a run that is stopped has some draws of everything."""
     found = [
-        Cell(data, task, row, size, draw)  # type: ignore[arg-type]
+        StayCell(data, task, row, size, draw)
         for data, task in spec.columns()
         for size in spec.sizes
         for row in spec.rows
@@ -43,37 +42,24 @@ def stages(bench: StayBench) -> dict[str, list[Job]]:
     return {
         "Hourly features": distinct(_features(bench)),
         "Text encoders": distinct(_note_encoders(bench)),
+        "Codes": distinct(_blanks(bench)),
         "Stage 1": distinct(_first_stages(bench)),
         "Stage 2": distinct(_second_stages(bench)),
         "Moves": distinct(_moves(bench)),
         "Examples": distinct(_examples(bench)),
         "Summaries": distinct(_summaries(bench)),
         "Learning rates": distinct(_rates(bench)),
-        "Cells": [Job(cell_name(cell), bench.run, (cell,), bench.path(cell)) for cell in cells(bench.spec)],
+        "Cells": [Job(cell.name, bench.run, (cell,), bench.path(cell)) for cell in cells(bench.spec)],
         "Curves": [
-            Job(f"Curve of {cell_name(cell)}", run_curve, (bench, cell), curve_path(bench, cell))
+            Job(f"Curve of {cell.name}", run_curve, (bench, cell), curve_path(bench, cell))
             for cell in curve_cells(bench)
         ],
     }
 
 
-def cell_name(cell: Cell) -> str:
-    """What a failure is reported under."""
-    return f"{cell.row.name}, {cell.data.name}, {cell.task}, {cell.size} patients, draw {cell.draw}"
-
-
 def distinct(jobs: Iterator[Job]) -> list[Job]:
     """Each job once."""
     return list({job.done: job for job in jobs}.values())
-
-
-def summarise(bench: StayBench, cell: Cell) -> None:
-    """Writes what rows without a network read of a column."""
-    if bench.spec.level != ADMISSION:
-        make_summaries(bench.cohort(cell.data), cell.task, bench.summaries_path(cell))
-        return
-    whole = {split: bench.all_examples(cell, split) for split in SPLITS}
-    make_admission_summaries(whole, bench.features(cell).extractor().num_hourly_features, bench.summaries_path(cell))
 
 
 def _readers(bench: StayBench) -> Iterator[tuple[StayData, StayRow, Features]]:
@@ -88,12 +74,10 @@ def _readers(bench: StayBench) -> Iterator[tuple[StayData, StayRow, Features]]:
 
 
 def _pretrained(bench: StayBench) -> Iterator[tuple[StayData, StayRow, Features]]:
-    """Those of :func:`_readers` whose checkpoints are made on these very data, the report's tokenizers included."""
+    """Those of :func:`_readers` whose checkpoints are made on these very data."""
     for data, row, features in _readers(bench):
         if row.pretrained_on in (None, data.name):
             yield data, row, features
-            if bench.spec.level == ADMISSION:
-                yield data, bench.first, features
 
 
 def _features(bench: StayBench) -> Iterator[Job]:
@@ -106,6 +90,12 @@ def _note_encoders(bench: StayBench) -> Iterator[Job]:
     for data, _, features in _readers(bench) if stages.notes is not None else ():
         done = note_encoder_folder(features.cohort, stages) / PRETRAINING_FILE
         yield Job(f"Text encoder of {data.name}", make_note_encoder, (features.cohort, stages), done)
+
+
+def _blanks(bench: StayBench) -> Iterator[Job]:
+    stages = bench.spec.pretraining
+    for data, _, features in _readers(bench) if bench.spec.level == ADMISSION else ():
+        yield Job(f"Codes of {data.name}", make_blank, (features, stages), features.blank(stages))
 
 
 def _first_stages(bench: StayBench) -> Iterator[Job]:
@@ -143,21 +133,21 @@ def _examples(bench: StayBench) -> Iterator[Job]:
         for row in spec.rows:
             features = bench.cohort(data).features(row)
             for split in SPLITS:
-                arguments = (features, spec, bench.first if spec.level == ADMISSION else row, task, split)
-                done = examples_folder(features, spec, task, split)
+                arguments, done = (features, spec, task, split), features.examples_folder(spec, task, split)
                 yield Job(f"Examples of {data.name}, {task}, {split}", make_examples, arguments, done)
 
 
 def _summaries(bench: StayBench) -> Iterator[Job]:
     spec = bench.spec
-    for data, task in spec.columns():
+    for data, task in spec.columns() if spec.level != ADMISSION else ():
         for row in spec.rows:
             if not row.neural and row.model != PREVALENCE:
-                cell = Cell(data, task, row, ALL, 0)  # type: ignore[arg-type]
-                yield Job(f"Summaries of {data.name}, {task}", summarise, (bench, cell), bench.summaries_path(cell))
+                path = bench.summaries_path(StayCell(data, task, row, ALL, 0))
+                arguments = (bench.cohort(data), task, path)
+                yield Job(f"Summaries of {data.name}, {task}", make_summaries, arguments, path)
 
 
 def _rates(bench: StayBench) -> Iterator[Job]:
     for cell in [*cells(bench.spec), *curve_cells(bench)]:
         if cell.draw == 0 and cell.row.neural and not cell.row.probe and len(cell.row.learning_rates) > 1:
-            yield Job(f"Learning rate of {cell_name(cell)}", bench.tune, (cell,), bench.rate_path(cell))
+            yield Job(f"Learning rate of {cell.name}", bench.tune, (cell,), bench.rate_path(cell))
