@@ -158,8 +158,9 @@ def draw_severity(config: SyntheticIcuConfig, streams: Streams, people: People) 
         factors = streams.normal("factors", MAX_VISITS * len(FACTORS)).reshape(*shape, -1)
         deviation = np.sqrt(SPREAD) * np.einsum("nvk,jk->nvj", factors, unit) + np.sqrt(1 - SPREAD) * own
     else:
-        # the same weights of the same variables, which share nothing
-        factors = np.einsum("nvj,jk->nvk", own, LOADINGS / np.sqrt((LOADINGS**2).sum(0)))
+        # sums over variables that share nothing, with the orthonormal weights that are nearest to the loadings
+        left, _, right = np.linalg.svd(LOADINGS / np.sqrt((LOADINGS**2).sum(0)), full_matrices=False)
+        factors = np.einsum("nvj,jk->nvk", own, left @ right)
         deviation = own
     rest = streams.normal("severity", MAX_VISITS)
     return Severity(_severity(factors, people, rest), factors, deviation)
@@ -191,13 +192,10 @@ def draw_acute(streams: Streams, severity: Severity) -> np.ndarray:
     return streams.uniform("acute", MAX_VISITS * len(ACUTE)).reshape(shape) < sigmoid(bias + logit)
 
 
-def draw_visits(
-    config: SyntheticIcuConfig, streams: Streams, people: People, severity: Severity, shown: Severity
-) -> tuple[Visits, Stays]:
+def draw_visits(streams: Streams, people: People, severity: Severity, shown: Severity) -> tuple[Visits, Stays]:
     """The timeline: visits, their stays, deaths and readmissions.
 
     Args:
-        config: Switches.
         streams: Random numbers.
         people: Who they are.
         severity: What decides how the stays go.

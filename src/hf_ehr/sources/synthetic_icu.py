@@ -18,6 +18,8 @@ Values are made up: no sentence and no number here is medicine.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import pyarrow as pa
 
@@ -125,12 +127,27 @@ def icu_code_table(config: SyntheticIcuConfig) -> pa.Table:
     return pa.table({"code": pa.array(world.codes), "condition": pa.array(names, pa.string())})
 
 
-def _generate(config: SyntheticIcuConfig, subjects: np.ndarray) -> tuple[pa.Table, pa.Table]:
-    world, streams = draw_icu_world(config.synonyms), Streams(config.seed, subjects)
+class _Course(NamedTuple):
+    """What happens to a block of patients: who they are, what decides their stays, what the codes show, and when."""
+
+    people: People
+    severity: Severity
+    shown: Severity
+    visits: Visits
+    stays: Stays
+
+
+def _happen(config: SyntheticIcuConfig, streams: Streams) -> _Course:
     people = draw_people(streams)
     severity = draw_severity(config, streams, people)
     shown = blind_copy(config, streams, people, severity)
-    visits, stays = draw_visits(config, streams, people, severity, shown)
+    return _Course(people, severity, shown, *draw_visits(streams, people, severity, shown))
+
+
+def _generate(config: SyntheticIcuConfig, subjects: np.ndarray) -> tuple[pa.Table, pa.Table]:
+    world, streams = draw_icu_world(config.synonyms), Streams(config.seed, subjects)
+    course = _happen(config, streams)
+    people, severity, shown, visits, stays = course
     present = present_conditions(people, visits)
     rows = _Rows(world, subjects)
     _add_people(rows, streams, people, visits)
@@ -141,7 +158,7 @@ def _generate(config: SyntheticIcuConfig, subjects: np.ndarray) -> tuple[pa.Tabl
     _add_measurements(rows, stays, measure(config, streams, people, severity, stays))
     if config.notes:
         _add_notes(rows, write_notes(streams, world, shown, visits, present))
-    return rows.table(), _truth(subjects, people, severity, visits, stays)
+    return rows.table(), _truth(subjects, course)
 
 
 class _Rows:
@@ -290,7 +307,8 @@ def _add_notes(rows: _Rows, notes: Notes) -> None:
     rows.add("note", notes.patient, code, notes.second, notes.visit, text=rows.texts(notes.text))
 
 
-def _truth(subjects: np.ndarray, people: People, severity: Severity, visits: Visits, stays: Stays) -> pa.Table:
+def _truth(subjects: np.ndarray, course: _Course) -> pa.Table:
+    people, severity, _, visits, stays = course
     died = visits.died[stays.patient, stays.visit]
     parts = [_stay_truth("icu_mortality_t48", OBSERVED, died, stays.death, subjects, severity, stays)]
     for (name, hour), risk in stays.risk.items():
