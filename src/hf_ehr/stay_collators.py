@@ -40,6 +40,11 @@ class CodeHiding(ObjectiveMasking):
         return (generator.random(ids.shape, np.float32) < self.probability) & self.is_code[ids]
 
 
+def code_hiding(tokenizers: Mapping[str, Any], probability: float, seed: int) -> dict[str, CodeHiding]:
+    """One for each kind of code, by the names in :data:`CODES`; each draws its own."""
+    return {name: CodeHiding(tokenizers[name], probability, seed + place) for place, name in enumerate(CODES)}
+
+
 class StayCollator:
     """Rows of stays → input of a model of hourly series.
 
@@ -93,12 +98,7 @@ class AdmissionCollator:
         self.padding = {name: tokenizer.pad_token_id for name, tokenizer in tokenizers.items()}
         self.num_demographics = num_demographics
         self.note_padding = None if note_tokenizer is None else note_tokenizer.pad_token_id
-        self.hiding = None
-        if probability is not None:
-            self.hiding = {
-                name: CodeHiding(tokenizer, probability, seed + place)
-                for place, (name, tokenizer) in enumerate(tokenizers.items())
-            }
+        self.hiding = None if probability is None else code_hiding(tokenizers, probability, seed)
 
     @classmethod
     def for_model(cls, config: Any, columns: Sequence[str]) -> AdmissionCollator:
@@ -129,7 +129,7 @@ class AdmissionCollator:
         flat = np.concatenate(_column(rows, "demographics", np.float32))
         batch["demographics"] = torch.from_numpy(flat.reshape(stays.sum(), self.num_demographics))
         if self.note_padding is not None:
-            batch |= _tokens(_column(rows, "note_input_ids"), self.note_padding)
+            batch |= padded_notes(_column(rows, "note_input_ids"), self.note_padding)
         elif "note_vector" in rows[0]:
             batch |= _vectors(_column(rows, "note_vector", np.float32))
         return batch
@@ -163,14 +163,15 @@ def _labels(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
     return {"labels": torch.from_numpy(labels.astype(np.int64 if labels.ndim == 1 else np.float32))}
 
 
-def _tokens(lists: list[np.ndarray], padding: int) -> dict[str, torch.Tensor]:
+def padded_notes(lists: Sequence[Sequence[int] | np.ndarray], padding: int) -> dict[str, torch.Tensor]:
+    """Token ids of notes → ``note_input_ids`` and ``note_attention_mask``, both (notes, longest)."""
     padded = _padded_rows(lists, padding)
     there = np.arange(padded.shape[1]) < np.array([len(row) for row in lists])[:, None]
     mask = torch.from_numpy(there.astype(np.int64))
     return {"note_input_ids": torch.from_numpy(padded), "note_attention_mask": mask}
 
 
-def _padded_rows(lists: list[np.ndarray], padding: int) -> np.ndarray:
+def _padded_rows(lists: Sequence[Sequence[int] | np.ndarray], padding: int) -> np.ndarray:
     """(rows, longest) int64, at least one wide."""
     lengths = np.array([len(row) for row in lists])
     return rectangle(np.concatenate(lists), lengths, padding, max(int(lengths.max()), 1))
