@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from hf_ehr import baselines
 from hf_ehr.experiments.materials import (
     SPLITS,
+    CodeEncoders,
     Cohort,
     checkpoint_folder,
     embeddings_folder,
@@ -74,6 +75,10 @@ class Bench:
     def cohort(self, data: DataSpec) -> Cohort:
         """A data set in the work folder."""
         return Cohort(data, self.work)
+
+    def code_encoders(self, data: DataSpec) -> CodeEncoders:
+        """MedHMP's checkpoints of a data set."""
+        return CodeEncoders(self.cohort(data), self.spec.medhmp, self.spec.pretraining.seeds, self.work)
 
     def path(self, cell: Cell) -> Path:
         """Where the probabilities of a cell lie."""
@@ -142,6 +147,7 @@ class Bench:
         pretraining = asdict(spec.pretraining) if cell.row.init == "pretrained" else None
         source = cell.row.pretrained_on and self.cohort(spec.data(cell.row.pretrained_on)).key
         settings = [spec.finetuning_of(cell.size), spec.rnn] if cell.row.neural else []
+        settings += [spec.medhmp] if cell.row.init == "medhmp" else []
         limits = [spec.validation_patients, spec.test_patients, spec.pretraining.seeds]
         place = [self.cohort(cell.data).key, cell.task, cell.size, cell.draw]
         return digest(*place, row, pretraining, source, *settings, *limits)
@@ -205,7 +211,9 @@ class Bench:
         tokenizer = self.cohort(cell.data).tokenizer()
         config = self._rnn_config(cell.row, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
         model = EhrRnnForSequenceClassification(config)
-        if cell.row.init != "random":
+        if cell.row.init == "medhmp":
+            self.code_encoders(cell.data).put_into(model, tokenizer, self.seed(cell))
+        elif cell.row.init != "random":
             load_code_embeddings(model, self._embeddings(cell, cell.row.init), tokenizer, freeze=cell.row.freeze)
         return model
 

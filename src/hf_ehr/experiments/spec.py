@@ -25,7 +25,7 @@ from hf_ehr.schema import EhrDataError
 SPECS = Path(__file__).parent / "specs"
 MODELS = ("medbert", "rnn")
 PPMI_LR = "PPMI-SVD + LR"
-INITS = ("random", "pretrained", "t-w2v", "ppmi-svd")
+INITS = ("random", "pretrained", "t-w2v", "ppmi-svd", "medhmp")
 HEADS = ("ffn", "gru", "bigru", "retain", "lstm", "dipole", "adacare", "hitanet")
 ALL = "all"
 
@@ -43,6 +43,7 @@ class DataSpec:
         tasks: Tasks of this data set instead of the report's; an empty list where it is only pre-trained on.
         min_patients: Codes of fewer training patients back off.
         max_length: Most codes of a patient.
+        days: Whether the time of each code is read, as ``hitanet`` needs it.
     """
 
     name: str
@@ -53,6 +54,7 @@ class DataSpec:
     tasks: tuple[str, ...] | None = None
     min_patients: int = 11
     max_length: int = 512
+    days: bool = False
 
     def __post_init__(self) -> None:
         if (self.source is None) == (self.folder is None):
@@ -69,7 +71,8 @@ class RowSpec:
         name: As it appears in the table.
         model: ``medbert``, ``rnn``, a name out of ``baselines.BASELINES``, or ``PPMI-SVD + LR``.
         head: Of ``medbert`` and ``rnn``.
-        init: ``random``, ``pretrained`` (Med-BERT), ``t-w2v`` or ``ppmi-svd`` (code embeddings of a code RNN).
+        init: ``random``, ``pretrained`` (Med-BERT), ``t-w2v`` or ``ppmi-svd`` (code embeddings of a code RNN), or
+            ``medhmp`` (MedHMP's encoder of diagnoses in an RNN whose ``visit_encoder`` is ``mlp``).
         pretrained_on: Data set that a Med-BERT was pre-trained on; the checkpoint is moved to the column's vocabulary.
         level: What a code RNN steps over, ``token`` or ``visit``.
         freeze: Whether static embeddings stay as they are.
@@ -99,6 +102,8 @@ class RowSpec:
             raise EhrDataError(
                 f"Row {self.name!r}: `medbert` starts `random` or `pretrained`, got {self.init!r}. Change it."
             )
+        if self.init == "medhmp" and self.level != "visit":
+            raise EhrDataError(f"Row {self.name!r}: `level` must be `visit` with `init: medhmp`. Change it.")
 
     @property
     def neural(self) -> bool:
@@ -140,6 +145,8 @@ class ReportSpec:
         finetuning: Fields of ``TrainingArguments``, and ``patience``.
         finetuning_at: Size → fields that differ there, e.g. larger batches for more patients.
         rnn: Fields of ``EhrRnnConfig``.
+        medhmp: Of the rows with ``init: medhmp``: ``features``, arguments of ``fit_hourly_features``, and both stages
+            as in a report of stays, ``stays`` and ``admissions``.
         notes: Printed below the table.
     """
 
@@ -157,10 +164,14 @@ class ReportSpec:
     finetuning: dict[str, Any] = field(default_factory=dict)
     finetuning_at: dict[int | str, dict[str, Any]] = field(default_factory=dict)
     rnn: dict[str, Any] = field(default_factory=dict)
+    medhmp: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_rows(self)
+        unknown = set(self.medhmp) - {"features", "stays", "admissions"}
+        if unknown:
+            raise EhrDataError(f"`medhmp` must hold features, stays and admissions, got {sorted(unknown)}. Change it.")
         for row in self.rows:
             if row.pretrained_on is not None:
                 one_of("pretrained_on", row.pretrained_on, [data.name for data in self.datasets], row.name)

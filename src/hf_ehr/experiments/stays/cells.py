@@ -32,7 +32,6 @@ from hf_ehr.experiments.stays.spec import (
     StayRow,
     StaySpec,
     patients_at,
-    task_path,
 )
 from hf_ehr.experiments.stays.summaries import admission_summaries, load_summaries
 from hf_ehr.metrics import auroc
@@ -95,7 +94,7 @@ class StayBench:
 
     def summaries_path(self, cell: StayCell) -> Path:
         """Where the summaries of a column's stays lie."""
-        return self.cohort(cell.data).folder / "summaries" / f"{task_name(task_path(cell.task))}.npz"
+        return self.cohort(cell.data).folder / "summaries" / f"{task_name(cell.task)}.npz"
 
     def all_examples(self, cell: StayCell, split: str) -> Any:
         """The examples of all labelled patients of a split."""
@@ -169,7 +168,7 @@ class StayBench:
         truth, patients = OneShotTest(np.asarray(examples["labels"])).read(), np.asarray(examples["subject_id"])
         folder, key = Path(self.cohort(data).place("test").data), self.spec.key
         ids = np.asarray(examples[key])
-        return truth, patients, oracle_auroc(folder, task_name(task_path(task)), truth, key, ids)
+        return truth, patients, oracle_auroc(folder, task_name(task), truth, key, ids)
 
     def key(self, cell: StayCell) -> str:
         """The digest of everything that determines a cell."""

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from transformers import TrainingArguments
 
 from hf_ehr.experiments.spec import digest, expanded
-from hf_ehr.experiments.stays.spec import ADMISSION, StagesSpec, StayData, StayRow, StaySpec, task_path
+from hf_ehr.experiments.stays.spec import ADMISSION, StagesSpec, StayData, StayRow, StaySpec
 from hf_ehr.hourly import fit_hourly_features
 from hf_ehr.models.feature_extraction_hourly import HourlyFeatureExtractor
 from hf_ehr.notes import prepare_notes
@@ -97,7 +97,7 @@ class StayCohort:
 
     def labels(self, task: str, split: str) -> pa.Table:
         """LABELS of the patients of a split."""
-        labels = task_labels(DataArguments(data=self.place(split).data), task_path(task))
+        labels = task_labels(DataArguments(data=self.place(split).data), task)
         wanted = pl.Series(np.asarray(self.splits[split], np.int64)).implode()
         return pl.DataFrame(labels).filter(pl.col("subject_id").is_in(wanted)).to_arrow().cast(labels.schema)
 
@@ -145,7 +145,7 @@ class Features:
 
     def examples_folder(self, spec: StaySpec, task: str, split: str) -> Path:
         """Where the examples of a split lie that the rows of a report read."""
-        task, level = task_name(task_path(task)), spec.level
+        task, level = task_name(task), spec.level
         if level == ADMISSION:
             level = f"{level}-{self.blank(spec.pretraining).name}"
         return self.folder / "examples" / f"{level}-{task}" / split

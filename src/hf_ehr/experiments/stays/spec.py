@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_ehr.experiments.spec import ALL, SPECS, check_draws, check_rows, from_content, one_of, read_yaml
+from hf_ehr.experiments.spec import ALL, check_draws, check_rows, from_content, one_of, read_yaml
 from hf_ehr.schema import EhrDataError
 
 KIND = "stays"
@@ -192,7 +192,7 @@ class StaySpec:
         title: Above the table.
         datasets: Patients.
         rows: Rows in their order.
-        tasks: Named tasks, YAML definitions (files, or those beside the specifications), or label files.
+        tasks: Named tasks, YAML definitions, or label files of the prepared folder.
         level: ``stay``: models read the stay that is asked about. ``admission``: they read its admission, with codes
             and note as far as they are known at the prediction time.
         comparisons: Pairs (row, reference): the claims, adjusted together (Holm).
@@ -307,9 +307,3 @@ def patients_at(size: int | str, patients: int) -> int:
         return patients
     wanted = math.ceil(patients * float(size[:-1]) / 100) if isinstance(size, str) else size
     return min(wanted, patients)
-
-
-def task_path(task: str) -> str:
-    """A task as the rest of the package takes it: definitions beside the specifications have a place of their own."""
-    beside = SPECS / "tasks" / task
-    return str(beside) if beside.is_file() and not Path(task).is_file() else task
