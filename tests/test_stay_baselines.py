@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from hf_ehr.metrics import auroc
 from hf_ehr.schema import LABEL_SCHEMA, DatasetInfo, EhrDataError, shard_name
-from hf_ehr.stay_baselines import STATISTICS, STAY_BASELINES, StaySummaries, stay_summaries
+from hf_ehr.stay_baselines import STATISTICS, STAY_BASELINES, StaySummaries, admission_summaries, stay_summaries
 from tests.builders import day, patient, records, visit
 
 
@@ -186,3 +186,68 @@ def test_what_is_unknown_of_all_training_rows_breaks_nothing():
     train.matrix[:, 2] = np.nan
     for baseline in STAY_BASELINES.values():
         assert np.isfinite(baseline(train, validation, test, seed=0).test).all()
+
+
+def test_rows_come_in_the_order_of_examples_or_not_at_all():
+    ids, labels = np.array([7, 3, 7, 5]), np.array([1, 0, 0, 1])
+    made = StaySummaries(
+        ids * 10, ids, labels, np.arange(4, dtype=np.float32)[:, None], ["age"], {"age": np.arange(4)}
+    )
+    found = made.in_order(np.array([3, 7, 5, 7]), np.array([0, 0, 1, 1]))
+    assert found.matrix[:, 0].tolist() == found.fields["age"].tolist() == [1, 2, 3, 0]
+    assert found.subject_id.tolist() == [30, 70, 50, 70]
+    for other, others in (([3, 7, 5], [0, 0, 1]), ([3, 7, 5, 8], [0, 0, 1, 1]), ([3, 7, 5, 7], [0, 0, 0, 1])):
+        with pytest.raises(EhrDataError, match="and are not"):
+            made.in_order(np.array(other), np.array(others))
+
+
+def admitted(later=0.0):
+    """One patient with two stays and codes, of which some come later; and one without any."""
+    first = [measurement(0, "X/HR", 60.0), measurement(10, "X/HR", 80.0)]
+    second = [measurement(5, "X/HR", 100.0), measurement(40, "X/HR", 300.0 + later)]
+    stays = [
+        {"stay_id": 11, "start": day(1), "end": day(2), "measurements": first},
+        {"stay_id": 12, "start": day(3), "end": day(6), "measurements": second},
+        {"stay_id": 13, "start": day(5), "end": day(6), "measurements": [measurement(0, "X/HR", 500.0 + later)]},
+    ]
+    codes = ["ICD10CM/I10", "ICD10CM/E11.9", f"ICD10CM/A{later:02.0f}"]
+    times = [day(2), day(4), day(6)]
+    one = visit(
+        0, 8, stays=stays, diagnoses=codes, diagnoses_at=times, medications=["ATC/A10BA02"], medications_at=[day(1)]
+    )
+    earlier = visit(-20, -15, diagnoses=["ICD10CM/Z99"])
+    outpatient = visit(3.5, 4.5, kind="outpatient")
+    return [patient(1, [earlier, one, outpatient], sex="F"), patient(2, [visit(0, 8)], sex="M")]
+
+
+CODES = ("diagnoses = ICD10CM/I10", "diagnoses = ICD10CM/E11.9", "diagnoses = ICD10CM/A00", "diagnoses = ICD10CM/A07")
+ADMISSION_COLUMNS = [
+    *("age", "sex = F", *CODES, "diagnoses = ICD10CM/Z99", "medications = ATC/A10BA02"),
+    *(f"{name} of X/HR" for name in STATISTICS),
+]
+
+
+def test_admissions_by_hand(tmp_path):
+    data = write(tmp_path / "data", admitted())
+    found = admission_summaries(data, labels=asked((1, 72, True), (2, 72, False)), names=ADMISSION_COLUMNS)
+    assert found.stay_id.tolist() == [0, 0]
+    assert found.subject_id.tolist() == [2, 1]
+    known = found.matrix[1].tolist()
+    assert known[0] == pytest.approx(60, abs=0.01)
+    assert known[1:8] == [1, 1, 1, 0, 0, 0, 1]
+    seen = [60.0, 80.0, 100.0]
+    assert known[8:] == pytest.approx([60, 100, 80, 60, 100, np.std(seen), 3])
+    nothing = found.matrix[0].tolist()
+    assert nothing[1:8] == [0] * 7
+    assert np.isnan(nothing[8])
+    assert nothing[-1] == 0
+    assert found.fields["sex"].tolist() == ["M", "F"]
+
+
+def test_nothing_of_an_admission_that_comes_later_is_summarised(tmp_path):
+    labels = asked((1, 72, True), (2, 72, False))
+    folders = [write(tmp_path / str(later), admitted(later)) for later in (0.0, 7.0)]
+    one, other = (admission_summaries(data, labels=labels, names=ADMISSION_COLUMNS) for data in folders)
+    np.testing.assert_array_equal(one.matrix, other.matrix)
+    with pytest.raises(EhrDataError, match="No admission is left of 1 labels"):
+        admission_summaries(tmp_path / "0.0", labels=asked((1, -24 * 8, True)))

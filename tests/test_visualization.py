@@ -119,6 +119,13 @@ def test_the_calibration_plot_draws_equal_mass_bins_with_intervals(tmp_path, fig
     assert {text.get_text() for text in upper.get_legend().get_texts()} == {"Perfect", "Med-BERT", "Prevalence"}
 
 
+def test_bins_without_positives_and_without_negatives_are_drawn(tmp_path):
+    for rows in (10, 44):  # where rounding puts an end of Wilson's interval beyond the rate
+        p = np.r_[np.linspace(0, 0.1, rows), np.linspace(0.9, 1, rows)]
+        calibration_plot({"Separated": ((p > 0.5).astype(int), p)}, tmp_path / f"{rows}.png", bins=2)
+        assert (tmp_path / f"{rows}.png").stat().st_size > 1000
+
+
 def test_reliability_of_four_rows_by_hand():
     mean, positives, rows = reliability([0, 1, 1, 1], [0.1, 0.3, 0.6, 0.8], 2)
     np.testing.assert_allclose(mean, [0.2, 0.7])

@@ -293,7 +293,7 @@ def _draw_reliability(axes: Axes, name: str, y: Array, p: Array, bins: int, inde
     low, high = wilson_interval(positives, rows)
     color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
     axes.errorbar(
-        mean, rate, [rate - low, high - rate], label=name, color=color, marker=marker,
+        mean, rate, np.maximum([rate - low, high - rate], 0), label=name, color=color, marker=marker,
         markersize=5, linewidth=1.4, elinewidth=1.1, capsize=3, zorder=2,
     )  # fmt: skip
     return float(max(high.max(), mean.max(), np.quantile(p, 0.995)))

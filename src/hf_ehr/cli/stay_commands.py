@@ -75,7 +75,7 @@ def fit_hourly(words: list[str]) -> None:
     data, arguments = parse("fit-hourly", example, words, StayArguments, HourlyArguments)
     options = json_options(arguments.options, "options")
     train = data.splits()["train"]
-    counted = {name: options[name] for name in ("rename", "valid_ranges", "as_text", "windows") if name in options}
+    counted = {name: options[name] for name in ("rename", "valid_ranges", "as_text") if name in options}
     summary = summarise_measurements(data.data, subject_ids=train, n_hours=arguments.n_hours, **counted)
     print(format_hourly_summary(summary))
     extractor = fit_hourly_features(
