@@ -250,6 +250,9 @@ def test_a_prepared_folder_of_records(tmp_path):
     )
     assert (info.summary["patients"], info.summary["visits"], info.time_axis) == (2, 2, "shifted")
     assert info.options == {"part": "a"}
+    # Counts of rejected rows name no record.
+    assert info.summary["rejected"]["set-a: `Time` must be HH:MM since the start of the stay"] == 2
+    assert {key.split(":")[0] for key in info.summary["rejected"]} == {"set-a"}
 
 
 # 2019
@@ -380,13 +383,13 @@ def test_slips_of_the_unit_or_the_decimal_point_are_reported_and_what_can_be_sta
         "Na": "14", "K": "42", "HCT": "0.4",  # a fraction, where it is percent
         "Hgb": "130",  # g/L, where it is g/dL
         "Glucose": "0", "SysABP": "1200", "MechVent": "2", "Urine": "-5", "Creatinine": "-0.1", "PaCO2": "400",
-        "PaO2": "0.9", "HospAdmTime": "0.1", "WBC": "1e999",
+        "PaO2": "0.9", "HospAdmTime": "0.1", "WBC": "1e39", "AST": "-1e999",
     }  # fmt: skip
     possible = {
         "Temp": "45", "temp": "20", "pH": "6", "ph": "8.5", "FiO2": "0.2", "fio2": "100", "Height": "250",
         "admissionheight": "50", "Weight": "1", "SaO2": "100", "O2Sat": "0", "GCS": "3", "HR": "0", "Na": "250",
         "K": "0.5", "HCT": "80", "Hgb": "30", "Glucose": "3000", "SysABP": "350", "MechVent": "1", "Urine": "20000",
-        "Creatinine": "0", "PaCO2": "250", "PaO2": "800", "HospAdmTime": "0", "WBC": "1e4", "BaseExcess": "-12",
+        "Creatinine": "0", "PaCO2": "250", "PaO2": "800", "HospAdmTime": "0", "Platelets": "3e38", "BaseExcess": "-12",
         "be": "-12", "cvp": "-3", "st1": "-0.5",
     }  # fmt: skip
     rows = [*impossible.items(), *possible.items()]

@@ -264,14 +264,16 @@ def _write_generated_labels(output: Path, staging: Path, source: str) -> None:
 
 
 def _collect_rejected(staging: Path, extracts: list[str], output: Path) -> dict[str, int]:
-    """Writes ``rejected.parquet``, table by table, and counts its rows by reason."""
+    """Writes ``rejected.parquet``, table by table, and counts its rows by file (or folder of files) and reason."""
     counts: Counter[str] = Counter()
     with atomic_path(output / "rejected.parquet") as path, pq.ParquetWriter(path, REJECTED_SCHEMA) as writer:
         for extract in extracts:
             for part in sorted((staging / f"extract-{extract}").glob("rejected.parquet")):
                 table = pq.read_table(part).sort_by([(name, "ascending") for name in REJECTED_SCHEMA.names])
                 writer.write_table(table)
-                for pair in pc.value_counts(pc.binary_join_element_wise(table["file"], table["reason"], ": ")):
+                # Where each patient has a file of its own, its name is the patient's: the folder stands for them.
+                places = pc.replace_substring_regex(table["file"], "/[^/]*$", "")
+                for pair in pc.value_counts(pc.binary_join_element_wise(places, table["reason"], ": ")):
                     counts[pair["values"].as_py()] += pair["counts"].as_py()
     return dict(counts.most_common())
 
