@@ -133,7 +133,7 @@ class StayBench:
         parts = {split: self.examples(draw, split) for split in SPLITS[:2]}
         collate, truth, scores = self.collator(draw), np.asarray(parts["validation"]["labels"]), {}
         for rate in cell.row.learning_rates:
-            model = self._fitted(draw, parts, rate, collate)
+            model = self.fitted(draw, parts, rate, collate)
             scores[rate] = float(auroc(truth, probabilities(model, parts["validation"], collate)))
         best = max(scores, key=lambda rate: (scores[rate], -rate))
         with atomic_path(self.rate_path(cell)) as temporary:
@@ -201,12 +201,13 @@ class StayBench:
         rate, collate = self.rate(cell), self.collator(cell)
         found: list[list[np.ndarray]] = []
         for member in range(cell.row.ensemble):
-            model = self._fitted(cell, parts, rate, collate, member)
+            model = self.fitted(cell, parts, rate, collate, member)
             found.append([probabilities(model, parts[split], collate) for split in SPLITS[1:]])
         validation, test = (np.mean(part, axis=0) for part in zip(*found, strict=True))
         return validation, test
 
-    def _fitted(self, cell: StayCell, parts: dict[str, Any], rate: float, collate: Collate, member: int = 0) -> Any:
+    def fitted(self, cell: StayCell, parts: dict[str, Any], rate: float, collate: Collate, member: int = 0) -> Any:
+        """The trained model of a cell, or of one member of its ensemble."""
         model = self.start(cell, parts, collate, member)
         if cell.row.probe:
             return model

@@ -228,7 +228,9 @@ def make_note_encoder(cohort: StayCohort, stages: StagesSpec) -> None:
     tables = folder.parent / "tables"
     if not tables.is_dir():
         with atomic_folder(tables) as temporary:
-            write_parquet(notes_of(cohort.data.data, cohort.splits["train"]), temporary / "notes.parquet")
+            notes_table = notes_of(cohort.data.data, cohort.splits["train"])
+            named = pa.array(["train"] * len(notes_table))  # none is a test note: a fifth checks the encoder
+            write_parquet(notes_table.append_column("split", named), temporary / "notes.parquet")
             write_parquet(LABEL_TABLE_SCHEMA.empty_table(), temporary / "labels.parquet")
     notes = prepare_notes("table", tables, folder.parent / "notes", min_characters=1)
     training = TrainingArguments(output_dir=str(folder), **(SILENT | stages.part("notes", "training")))
@@ -237,7 +239,7 @@ def make_note_encoder(cohort: StayCohort, stages: StagesSpec) -> None:
 
 
 def notes_of(data: str | Path, subject_ids: np.ndarray) -> pa.Table:
-    """NOTES of some patients of a prepared folder; a share of the patients checks the encoder."""
+    """NOTES of some patients of a prepared folder."""
     element = "visits.list.element."
     columns = ["subject_id", f"{element}visit_id", f"{element}notes"]
     wanted, parts = pl.Series(np.asarray(subject_ids, np.int64)).implode(), []
