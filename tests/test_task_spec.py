@@ -398,6 +398,13 @@ class TestLabelDataset:
         flow = json.loads(label_dataset(spec, folder, progress=False).with_suffix(".json").read_text())
         assert flow["warnings"] == ["The prevalence 0.3333 lies outside the expected 0.9 to 1.0."]
 
+    def test_an_outcome_that_never_holds_is_reported(self, folder):
+        dialysis = Predicate(kind="procedure", codes=("ICD9Proc/39.95",))
+        spec = simple(predicates=simple().predicates | {"dialysis": dialysis}, outcome=Outcome("target", "dialysis"))
+        flow = json.loads(label_dataset(spec, folder, progress=False).with_suffix(".json").read_text())
+        (warning,) = flow["warnings"]
+        assert warning.startswith("No label is positive: `dialysis` may not be recorded")
+
     def test_data_without_intervals_are_refused(self, folder):
         DatasetInfo(source="uci", shards=2, time_axis="order").save(folder)
         with pytest.raises(EhrDataError, match=r"intervals are unknown.*label file that came with"):

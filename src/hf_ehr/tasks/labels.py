@@ -118,6 +118,11 @@ class _Flow:
         low, high = spec.expected_prevalence or (0, 1)
         if prevalence is not None and not low <= prevalence <= high:
             warnings.append(f"The prevalence {prevalence:.4f} lies outside the expected {low} to {high}.")
+        if self.labels and not self.positives:
+            warnings.append(
+                f"No label is positive: `{spec.outcome.predicate}` may not be recorded in these data at all, and then "
+                "nobody is known to be a negative."
+            )
         return {
             "task": spec.name,
             "candidates": self.candidates,
