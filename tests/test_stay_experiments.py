@@ -20,10 +20,12 @@ from hf_ehr.experiments.spec import SPECS
 from hf_ehr.experiments.stays import StayBench, StaySpec
 from hf_ehr.experiments.stays.cells import StayCell
 from hf_ehr.experiments.stays.convergence import figures_of
+from hf_ehr.experiments.stays.materials import admission_arguments
 from hf_ehr.experiments.stays.models import new_model, probabilities
-from hf_ehr.experiments.stays.spec import GATES, SERIES, StayRow, patients_at
+from hf_ehr.experiments.stays.spec import GATES, OBJECTIVES, SERIES, StayRow, patients_at
 from hf_ehr.experiments.stays.stages import stages
 from hf_ehr.experiments.stays.summaries import load_summaries, taken
+from hf_ehr.experiments.stays.tables import write_stays
 from hf_ehr.experiments.tables import collect_from
 from hf_ehr.intervals import crossed_bootstrap, holm
 from hf_ehr.metrics import auroc
@@ -170,6 +172,21 @@ def test_draws_are_nested_over_sizes_and_shared_by_all_rows(bench):
 
 def test_a_share_of_the_patients_is_rounded_up_and_no_size_is_more_than_all():
     assert [patients_at(size, 150) for size in ("1%", "10%", "100%", 7, 200, "all")] == [2, 15, 150, 7, 150, 150]
+
+
+def test_a_low_resource_curve_goes_from_a_share_of_the_labels_to_all(spec, output, tmp_path):
+    rows = (spec.row("Prevalence"), spec.row("LR"))
+    curve = replace(spec, name="curve", rows=rows, sizes=("20%", "100%"), comparisons=(), convergence=None)
+    bench = StayBench(curve, output[0] / "work")
+    for job in stages(bench)["Cells"]:
+        job.call(*job.arguments)
+    names = {path.name for path in write_stays(bench, {}, tmp_path, n_resamples=20)}
+    assert names == {"curve.md", "curve.csv", "curve-differences.csv", "curve.json", "curve.png"}
+    found = [
+        (row["row"], row["size"], float(row["n_train"])) for row in csv.DictReader((tmp_path / "curve.csv").open())
+    ]
+    assert found == [(row.name, size, n) for size, n in (("20%", 29), ("100%", 144)) for row in rows]
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_failing_row_is_named_and_the_others_are_there(output):
@@ -329,6 +346,107 @@ def test_the_oracle_is_read_by_task_and_by_stay(tmp_path):
     assert oracle_auroc(tmp_path, "c", labels, "stay_id", ids) is None
     assert oracle_auroc(tmp_path, "b", labels, "stay_id", ids) is None  # knows one of the three
     assert oracle_auroc(tmp_path / "truth", "a", labels, "stay_id", ids) is None
+
+
+@pytest.mark.parametrize(
+    ("objectives", "weights"), [(("mcp",), (None, 0.0)), (("cl",), (0.0, None)), (OBJECTIVES, ())]
+)
+def test_a_loss_that_a_row_leaves_out_weighs_nothing(bench, objectives, weights):
+    features = bench.features(cell(bench.spec, "MedHMP"))
+    options = json.loads(admission_arguments(features, bench.spec.pretraining, None, objectives).model_options)
+    assert tuple(options.get(name) for name in ("masked_code_weight", "contrastive_weight")) == (
+        weights or (None, None)
+    )
+    assert options["hidden_size"] == 8  # the shape of the stay stage
+
+
+ADMISSIONS = """
+kind: stays
+title: Admissions
+level: admission
+datasets:
+  - name: world
+    source: synthetic_icu
+    options: {patients: 160, seed: 0}
+    features: {min_patients: 2, num_bins: 2}
+tasks: [arf_onset_after_t4]
+sizes: [all]
+draws: 1
+pretraining:
+  seeds: 1
+  stays:
+    options: {preset: tiny, model_options: {hidden_size: 8, demographics_hidden_size: 4, intermediate_size: 8}}
+    training: {num_train_epochs: 1, learning_rate: 5.0e-3, per_device_train_batch_size: 64}
+  admissions:
+    options: {min_patients: 2, note_max_length: 64}
+    training: {num_train_epochs: 1, learning_rate: 1.0e-3, per_device_train_batch_size: 256}
+  notes:
+    options:
+      preset: tiny
+      vocabulary: word
+      min_patients: 2
+      next_sentence: false
+      model_options: {hidden_size: 16, num_attention_heads: 2, num_hidden_layers: 1, intermediate_size: 16}
+    training: {num_train_epochs: 1, learning_rate: 1.0e-3, per_device_train_batch_size: 64}
+finetuning: {num_train_epochs: 1, per_device_train_batch_size: 64, per_device_eval_batch_size: 512}
+series: {hidden_size: 8, series_size: 8, demographics_size: 4, num_attention_heads: 2, intermediate_size: 16}
+rows:
+  - {name: LR, model: L2 LR on summaries}
+  - {name: a+s, model: medhmp, init: a+s}
+  - {name: masked codes, model: medhmp, init: a, objectives: [mcp]}
+  - {name: s, model: medhmp, init: s}
+  - {name: none, model: medhmp}
+  - {name: BertLstm, model: BertLstm}
+  - {name: Note, model: note}
+comparisons: [[a+s, none]]
+"""
+
+
+@pytest.fixture(scope="module")
+def admissions(tmp_path_factory) -> StayBench:
+    folder = tmp_path_factory.mktemp("admissions")
+    (folder / "admissions.yaml").write_text(ADMISSIONS)
+    bench = StayBench(load_spec(folder / "admissions.yaml"), folder)
+    bench.cohort(bench.spec.datasets[0]).make()
+    for jobs in stages(bench).values():
+        for job in jobs:
+            job.call(*job.arguments)
+    return bench
+
+
+@pytest.mark.slow
+def test_a_report_of_admissions_reads_codes_and_notes_and_knows_the_oracle(admissions):
+    spec = admissions.spec
+    result = collect_from(admissions, {}, n_resamples=20)
+    assert [entry.row for entry in result.entries] == [row.name for row in spec.rows]
+    assert all(entry.oracle_fraction is not None for entry in result.entries)
+    one = StayCell(spec.datasets[0], spec.tasks[0], spec.row("BertLstm"), "all", 0)
+    part = admissions.examples(one, "test")
+    assert {len(vector) for vector in part["note_vector"]} <= {0, 16}
+    assert any(len(vector) for vector in part["note_vector"])
+    batch = admissions.collator(one)([part.with_format("numpy")[index] for index in range(8)])
+    model = new_model(admissions, replace(one, row=spec.row("a+s")), 0).eval()
+    without = {name: value for name, value in batch.items() if not name.startswith("note_")}
+    assert not torch.allclose(model(**batch).logits, model(**without).logits)
+
+
+@pytest.mark.slow
+def test_admissions_start_from_both_stages_one_or_none(admissions):
+    spec, features = admissions.spec, admissions.cohort(admissions.spec.datasets[0]).features(admissions.spec.rows[0])
+    stage1 = load_file(features.stage1(spec.pretraining, 0) / "model.safetensors")
+    codes, lstm = "medhmp.admission_encoder.diagnoses.dense.weight", "medhmp.stay_encoder.hourly.lstm.weight_hh_l0"
+    found = {}
+    for name in ("a+s", "masked codes", "s", "none"):
+        one = StayCell(spec.datasets[0], spec.tasks[0], spec.row(name), "all", 0)
+        found[name] = new_model(admissions, one, 0).state_dict()
+    both = load_file(features.stage2(spec.pretraining, spec.row("a+s"), 0) / "model.safetensors")
+    assert torch.equal(found["a+s"][codes], both[codes])
+    assert torch.equal(found["a+s"][lstm], both[lstm])
+    assert torch.equal(found["s"][lstm], stage1[lstm])
+    assert not torch.equal(found["s"][codes], both[codes])
+    alone = load_file(features.stage2(spec.pretraining, spec.row("masked codes"), 0) / "model.safetensors")
+    assert torch.equal(found["masked codes"][codes], alone[codes])
+    assert not any(torch.equal(found["none"][lstm], other[lstm]) for other in (both, stage1, alone))
 
 
 STAY_SPECS = sorted(path for path in SPECS.glob("medhmp_*.yaml") if path.stem != "medhmp_table3")

@@ -7,7 +7,7 @@ patients ─▶ hourly features ─▶ stage 1 ─▶ stage 2 ─▶ examples an
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from transformers import TrainingArguments
 
 from hf_ehr.experiments.spec import digest, expanded
-from hf_ehr.experiments.stays.spec import ADMISSION, StagesSpec, StayData, StayRow, StaySpec
+from hf_ehr.experiments.stays.spec import ADMISSION, OBJECTIVES, StagesSpec, StayData, StayRow, StaySpec
 from hf_ehr.hourly import fit_hourly_features
 from hf_ehr.models.feature_extraction_hourly import HourlyFeatureExtractor
 from hf_ehr.notes import prepare_notes
@@ -183,19 +183,19 @@ def make_stage2(features: Features, stages: StagesSpec, row: StayRow, seed: int)
         output_dir=str(features.stage2(stages, row, seed)), seed=seed,
         **(SILENT | stages.part("admissions", "training")),
     )  # fmt: skip
-    weights = {weight: 0.0 for name, weight in OBJECTIVE_WEIGHTS.items() if name not in row.objectives}
     stays = features.stage1(stages, seed) if row.init == "a+s" else None
-    pretrain_admissions(features.cohort.data, admission_arguments(features, stages, stays, weights), training)
+    pretrain_admissions(features.cohort.data, admission_arguments(features, stages, stays, row.objectives), training)
 
 
 def admission_arguments(
-    features: Features, stages: StagesSpec, stays: Path | None = None, weights: Mapping[str, float] | None = None
+    features: Features, stages: StagesSpec, stays: Path | None = None, objectives: Collection[str] = OBJECTIVES
 ) -> AdmissionPretrainArguments:
-    """The options of the admission stage, after a stay stage or without, with other weights of its losses."""
+    """The options of the admission stage, after a stay stage or without; losses that are not named weigh nothing."""
     from hf_ehr.training.admissions import AdmissionPretrainArguments
 
     given, shape = stages.part("admissions", "options"), stages.part("stays", "options")
-    model = shape.get("model_options", {}) | given.get("model_options", {}) | dict(weights or {})
+    model = shape.get("model_options", {}) | given.get("model_options", {})
+    model |= {weight: 0.0 for name, weight in OBJECTIVE_WEIGHTS.items() if name not in objectives}
     options: dict[str, Any] = {"preset": shape["preset"]} if "preset" in shape else {}
     options |= given | {"model_options": json.dumps(model)}
     if stages.notes is not None:
@@ -235,7 +235,8 @@ def make_note_encoder(cohort: StayCohort, stages: StagesSpec) -> None:
     notes = prepare_notes("table", tables, folder.parent / "notes", min_characters=1)
     training = TrainingArguments(output_dir=str(folder), **(SILENT | stages.part("notes", "training")))
     options = NotePretrainArguments(**_options(stages.part("notes", "options")))
-    pretrain_notes(NoteArguments(data=str(notes.path)), options, training)
+    # Patients are cut by the seed alone: under that of the cohort all of its training patients would train again.
+    pretrain_notes(NoteArguments(data=str(notes.path), split_seed=cohort.data.split_seed + 1), options, training)
 
 
 def notes_of(data: str | Path, subject_ids: np.ndarray) -> pa.Table:

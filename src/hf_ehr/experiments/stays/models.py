@@ -21,9 +21,8 @@ from hf_ehr.models.modeling_ehrseries import EhrSeriesForSequenceClassification
 from hf_ehr.models.modeling_medhmp import (
     MedHMPForAdmissionClassification,
     MedHMPForStayClassification,
-    MedHMPStayModel,
 )
-from hf_ehr.models.modeling_medhmp_transfer import load_stage
+from hf_ehr.models.modeling_medhmp_transfer import load_hourly_encoder, load_stage
 from hf_ehr.stay_collators import AdmissionCollator, StayCollator
 from hf_ehr.training.finetuning import fit_best_epoch, positive, set_probe
 from hf_ehr.training.stays import StayPretrainArguments, outputs_of, stay_config
@@ -136,8 +135,7 @@ def _series(bench: StayBench, cell: StayCell, seed: int) -> EhrSeriesForSequence
         ]
     model = EhrSeriesForSequenceClassification(EhrSeriesConfig(**(fields | row.model_options)))
     if row.init != "none":
-        stays = MedHMPStayModel.from_pretrained(checkpoint(bench, cell, seed))
-        model.model.network.hours.load_state_dict(stays.stay_encoder.hourly.state_dict())
+        load_hourly_encoder(model, checkpoint(bench, cell, seed))
     return model
 
 
