@@ -72,7 +72,7 @@ comparisons:
 """
 
 
-def write_stays(folder: Path, patients: int, first: int = 1, seed: int = 0) -> None:
+def make_stays(folder: Path, patients: int, first: int = 1, seed: int = 0) -> None:
     """Patients whose heart rate rises where they die; one stay each."""
     rng, rows = np.random.default_rng(seed), []
     for subject in range(first, first + patients):
@@ -96,8 +96,8 @@ def write_stays(folder: Path, patients: int, first: int = 1, seed: int = 0) -> N
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory) -> StaySpec:
     folder = tmp_path_factory.mktemp("spec")
-    write_stays(folder / "inside", 160)
-    write_stays(folder / "outside", 80, first=1001, seed=1)
+    make_stays(folder / "inside", 160)
+    make_stays(folder / "outside", 80, first=1001, seed=1)
     (folder / "small.yaml").write_text(SMALL.replace("FOLDER", str(folder)))
     found = load_spec(folder / "small.yaml")
     assert isinstance(found, StaySpec)
