@@ -196,6 +196,12 @@ def test_a_failing_row_is_named_and_the_others_are_there(output):
     assert found["missing"] == [f"Broken, made, {TASK}, 25% patients"]
 
 
+def test_a_column_whose_examples_could_not_be_made_is_named_as_missing(spec, tmp_path):
+    result = collect_from(StayBench(spec, tmp_path), {}, n_resamples=20)
+    assert result.entries == []
+    assert result.missing == [f"{row.name}, made, {TASK}, 25% patients" for row in spec.rows]
+
+
 def test_a_second_run_computes_nothing_and_a_lost_cell_comes_back_as_it_was(bench):
     jobs = [job for jobs in stages(bench).values() for job in jobs]
     assert {job.name for job in jobs if not job.done.exists()} == {

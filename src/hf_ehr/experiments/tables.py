@@ -88,7 +88,11 @@ def collect_from(bench: Any, failures: dict[str, str], n_resamples: int | None =
     places = [(data, task, size) for data, task in spec.columns() for size in spec.sizes]
     n_resamples = n_resamples or resamples_for(len(spec.comparisons) * len(places))
     for data, task, size in tqdm(places, desc="Intervals", unit="column"):
-        truth, patients, oracle = bench.test(data, task)
+        try:
+            truth, patients, oracle = bench.test(data, task)
+        except FileNotFoundError:  # the examples could not be made: the failure is named with the others
+            missing += [f"{row.name}, {data.name}, {task}, {size} patients" for row in spec.rows]
+            continue
         draws = {row.name: _draws(bench, data, task, row, size) for row in spec.rows}
         missing += [f"{name}, {data.name}, {task}, {size} patients" for name, cells in draws.items() if cells is None]
         there = {name: cells for name, cells in draws.items() if cells is not None}

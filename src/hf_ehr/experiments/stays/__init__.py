@@ -26,7 +26,7 @@ def run(spec: StaySpec, work: Path, workers: int | None = None) -> dict[str, str
     """
     bench = StayBench(spec, work)
     for data in tqdm(spec.datasets, desc="Cohorts", unit="cohort"):
-        bench.cohort(data).make()
+        bench.cohort(data).make(spec.tasks_of(data))
     return run_stages(stages(bench), workers)
 
 

@@ -28,7 +28,15 @@ from hf_ehr.notes.tables import LABEL_TABLE_SCHEMA, NOTE_TABLE_SCHEMA
 from hf_ehr.prepare import prepare
 from hf_ehr.schema import atomic_folder, shard_paths, write_parquet
 from hf_ehr.stay_datasets import build_stay_examples
-from hf_ehr.training import DataArguments, NoteArguments, NotePretrainArguments, pretrain_notes, task_labels, task_name
+from hf_ehr.training import (
+    DataArguments,
+    NoteArguments,
+    NotePretrainArguments,
+    check_earlier_stage,
+    pretrain_notes,
+    task_labels,
+    task_name,
+)
 from hf_ehr.training.stays import StayArguments, StayPretrainArguments, pretrain_stays
 from hf_ehr.version import __version__
 
@@ -72,8 +80,8 @@ class StayCohort:
             None if spec.test is None else StayArguments(data=self._place(StayData("", **spec.test), "test"))
         )
 
-    def make(self) -> None:
-        """Prepares the records."""
+    def make(self, tasks: tuple[str, ...] = ()) -> None:
+        """Prepares the records, and the labels of ``tasks``."""
         parts = [(self.spec, self.data)]
         if self.outside is not None:
             parts.append((StayData(self.spec.name, **(self.spec.test or {})), self.outside))
@@ -82,6 +90,9 @@ class StayCohort:
                 path = None if spec.input is None else expanded(spec.input, spec.name)
                 options = json.loads(json.dumps(spec.options))
                 prepare(cast(Any, spec.source), path, Path(arguments.data), options=options)
+        for task in tasks:
+            for split in SPLITS:
+                self.labels(task, split)
 
     @cached_property
     def splits(self) -> dict[str, np.ndarray]:
@@ -278,11 +289,16 @@ def load_examples(features: Features, spec: StaySpec, task: str, split: str) -> 
 
 
 def make_move(source: Path, features: Features, seed: int, name: str) -> None:
-    """Gives a checkpoint the features of another cohort; what was kept is in its ``transfer.json``."""
+    """Gives a checkpoint the features of another cohort; what was kept is in its ``transfer.json``.
+
+    Raises:
+        LeakageError: A patient held out here was seen in its training.
+    """
     from hf_ehr.models.modeling_medhmp import MedHMPForAdmissionPreTraining, MedHMPForStayPreTraining
     from hf_ehr.models.modeling_medhmp_transfer import with_new_features
 
-    extractor = features.extractor()
+    extractor, cohort = features.extractor(), features.cohort
+    check_earlier_stage(str(source), cohort.data.manifest(cohort.data.splits()))
     kind: Any = MedHMPForStayPreTraining if name == "s" else MedHMPForAdmissionPreTraining
     model = kind.from_pretrained(source)
     moved, report = with_new_features(model, extractor.num_hourly_features, extractor.num_demographics, seed)
