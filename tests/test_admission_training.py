@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -39,21 +45,27 @@ from tests.builders import day, patient, records, visit
 FEATURES = json.dumps({"min_patients": 2, "form": "continuous", "demographics": ["age", "sex"], "n_hours": 8})
 TINY = json.dumps({"hidden_size": 16, "demographics_hidden_size": 8, "intermediate_size": 16})
 STAGE1 = StayPretrainArguments("tiny", TINY, feature_options=FEATURES)
-STAGE2 = AdmissionPretrainArguments("tiny", TINY, feature_options=FEATURES, min_patients=2, chunk_size=16)
+STAGE2 = AdmissionPretrainArguments("tiny", TINY, feature_options=FEATURES, min_patients=2, chunk_size=32)
 TASK = "readmitted"
+LEARNING = {"num_train_epochs": 20, "learning_rate": 2e-2}
 WORDS = ("stable", "weak", "alert", "confused")
 STAYS = "medhmp.stay_encoder."
 
 
 def settings(folder, **options) -> TrainingArguments:
     quiet = {"report_to": "none", "logging_strategy": "no", "disable_tqdm": True, "save_strategy": "no"}
-    sizes = {"per_device_train_batch_size": 64, "learning_rate": 5e-3, "num_train_epochs": 20, "use_cpu": True}
+    sizes = {"per_device_train_batch_size": 64, "learning_rate": 5e-3, "num_train_epochs": 1, "use_cpu": True}
     return TrainingArguments(str(folder), **(quiet | sizes | options))
 
 
 def with_options(options, **fields):
     """Stage 2 with further fields of the configuration."""
     return replace(options, model_options=json.dumps(json.loads(options.model_options) | fields))
+
+
+ALONE = with_options(STAGE2, masked_code_weight=0, hidden_dropout_prob=0)
+"""The contrastive loss alone, without dropout: nothing is drawn."""
+TWO_RANKS = Path(__file__).parent / "scripts" / "stage2.py"
 
 
 def write(folder, change=()):
@@ -105,7 +117,8 @@ def stage1(data, tmp_path_factory):
 @pytest.fixture(scope="module")
 def stage2(data, stage1, tmp_path_factory):
     folder = tmp_path_factory.mktemp("stage2")
-    return folder, pretrain_admissions(data, replace(STAGE2, stays=str(stage1)), settings(folder, num_train_epochs=30))
+    options = replace(STAGE2, stays=str(stage1))
+    return folder, pretrain_admissions(data, options, settings(folder, **LEARNING))
 
 
 @pytest.fixture(scope="module")
@@ -130,13 +143,13 @@ def weights(folder) -> dict[str, torch.Tensor]:
 
 def test_hidden_codes_and_matching_modalities_are_found_better_than_by_guessing(stage2):
     figures = stage2[1]
-    assert figures["masked_code_loss"] < 0.8 * figures["frequency_loss"]
-    assert figures["recall_at_10"] > 1.3 * figures["frequency_recall_at_10"]
+    assert figures["masked_code_loss"] < 0.85 * figures["frequency_loss"]
+    assert figures["recall_at_10"] > 1.5 * figures["frequency_recall_at_10"]
     assert figures["contrastive_accuracy"] > 2 * figures["contrastive_chance"]
 
 
 def test_every_tensor_of_the_stay_encoder_is_carried_from_stage_1_to_stage_2(data, stage1, stage2, tmp_path):
-    still = settings(tmp_path, num_train_epochs=1, learning_rate=0.0)
+    still = settings(tmp_path, learning_rate=0.0)
     pretrain_admissions(data, replace(STAGE2, stays=str(stage1)), still)
     earlier, carried, learned = weights(stage1), weights(tmp_path), weights(stage2[0])
     names = [name for name in carried if name.startswith(STAYS)]
@@ -158,12 +171,12 @@ def test_a_stay_encoder_that_cannot_be_carried_whole_is_refused(data, stage1, tm
     assert not (tmp_path / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_chunk_changes_nothing(data, tmp_path):
     """The contrastive loss, whose negatives lie in all chunks; hidden codes are drawn chunk by chunk."""
-    alone = with_options(STAGE2, masked_code_weight=0, hidden_dropout_prob=0)
-    for size in (16, 64):
-        pretrain_admissions(data, replace(alone, chunk_size=size), settings(tmp_path / str(size), num_train_epochs=1))
-    one, other = weights(tmp_path / "16"), weights(tmp_path / "64")
+    for size in (24, 64):
+        pretrain_admissions(data, replace(ALONE, chunk_size=size), settings(tmp_path / str(size)))
+    one, other = weights(tmp_path / "24"), weights(tmp_path / "64")
     for name in one:
         torch.testing.assert_close(one[name], other[name], atol=2e-5, rtol=1e-3, msg=name)
 
@@ -174,7 +187,7 @@ def test_the_memory_of_a_chunk_changes_nothing(data, tmp_path):
 )
 def test_a_weight_of_0_takes_a_loss_away(data, stage2, tmp_path, off, figure, untouched):
     options = with_options(STAGE2, **{off: 0})
-    figures = pretrain_admissions(data, options, settings(tmp_path, num_train_epochs=1))
+    figures = pretrain_admissions(data, options, settings(tmp_path))
     assert figure in stage2[1]
     assert figure not in figures
     assert len(figures) > 1
@@ -225,13 +238,13 @@ def test_a_raw_admission_has_the_probability_of_its_example(data, classifier):
     np.testing.assert_allclose(scores.numpy(), predict_admissions(model, examples), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_test_patients_leave_no_trace(data, tmp_path):
-    one_epoch = {"num_train_epochs": 1}
-    pretrain_admissions(data, STAGE2, settings(tmp_path / "one", **one_epoch))
+    pretrain_admissions(data, STAGE2, settings(tmp_path / "one"))
     changed = write(tmp_path / "data", change=set(data.splits()["test"].tolist()))
-    pretrain_admissions(changed, STAGE2, settings(tmp_path / "changed", **one_epoch))
+    pretrain_admissions(changed, STAGE2, settings(tmp_path / "changed"))
     again = write(tmp_path / "other", change=set(data.splits()["train"].tolist()[:5]))
-    pretrain_admissions(again, STAGE2, settings(tmp_path / "again", **one_epoch))
+    pretrain_admissions(again, STAGE2, settings(tmp_path / "again"))
     one, same, other = (weights(tmp_path / name) for name in ("one", "changed", "again"))
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert any(not torch.equal(one[name], other[name]) for name in one)
@@ -247,7 +260,7 @@ def test_another_split_is_refused(data, stage1, stage2, tmp_path):
 
 def test_a_stay_classifier_starts_from_the_stay_encoder_of_stage_2(data, stage2, tmp_path):
     options = StayFinetuneArguments("early", str(stage2[0]), linear_probe=False)
-    folder = tune_stays(data, options, settings(tmp_path, num_train_epochs=1, learning_rate=0.0))
+    folder = tune_stays(data, options, settings(tmp_path, learning_rate=0.0))
     tuned, source = weights(folder), weights(stage2[0])
     names = [name for name in tuned if name.startswith(STAYS)]
     assert len(names) > 15
@@ -257,7 +270,7 @@ def test_a_stay_classifier_starts_from_the_stay_encoder_of_stage_2(data, stage2,
 
 def test_a_frozen_text_encoder_is_kept_as_it_was_and_its_vectors_are_those_of_the_tokens(data, text_encoder, tmp_path):
     options = replace(STAGE2, note_encoder=str(text_encoder), note_max_length=8)
-    pretrain_admissions(data, options, settings(tmp_path, num_train_epochs=2))
+    pretrain_admissions(data, options, settings(tmp_path))
     model = MedHMPForAdmissionPreTraining.from_pretrained(tmp_path)
     original = BertModel.from_pretrained(text_encoder).state_dict()
     found = model.medhmp.note_encoder.state_dict()
@@ -280,9 +293,10 @@ def test_a_frozen_text_encoder_is_kept_as_it_was_and_its_vectors_are_those_of_th
     assert np.abs(predict_admissions(classifier, bare) - predict_admissions(classifier, tokens)).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_an_untrained_model_keeps_its_text_encoder_and_nothing_else(data, text_encoder, tmp_path):
     options = replace(STAGE2, note_encoder=str(text_encoder), note_max_length=8)
-    pretrain_admissions(data, options, settings(tmp_path, num_train_epochs=1))
+    pretrain_admissions(data, options, settings(tmp_path))
     tuning = AdmissionFinetuneArguments(TASK, str(tmp_path))
     trained, fresh = (
         new_admission_classifier(replace(tuning, untrained=untrained), 0).state_dict() for untrained in (False, True)
@@ -297,10 +311,10 @@ def test_an_untrained_model_keeps_its_text_encoder_and_nothing_else(data, text_e
 def test_a_finished_run_is_not_run_again_and_another_is_refused(data, stage1, stage2):
     options = replace(STAGE2, stays=str(stage1))
     made = (stage2[0] / "model.safetensors").stat().st_mtime_ns
-    assert pretrain_admissions(data, options, settings(stage2[0], num_train_epochs=30)) == stage2[1]
+    assert pretrain_admissions(data, options, settings(stage2[0], **LEARNING)) == stage2[1]
     assert (stage2[0] / "model.safetensors").stat().st_mtime_ns == made
     with pytest.raises(EhrDataError, match="another"):
-        pretrain_admissions(data, replace(options, min_patients=3), settings(stage2[0], num_train_epochs=30))
+        pretrain_admissions(data, replace(options, min_patients=3), settings(stage2[0], **LEARNING))
 
 
 @pytest.mark.parametrize(
@@ -321,6 +335,55 @@ def test_options_that_cannot_be_are_refused(data, tmp_path, fields, training, me
 def test_a_note_longer_than_the_text_encoder_reads_is_refused(data, text_encoder, tmp_path):
     with pytest.raises(ValueError, match="at most the text encoder's 16, got 512"):
         pretrain_admissions(data, replace(STAGE2, note_encoder=str(text_encoder)), settings(tmp_path))
+
+
+CRASHING = """
+import sys
+from dataclasses import replace
+from tests.test_admission_training import STAGE2, StayArguments, pretrain_admissions, settings
+output, options = sys.argv[2], {"save_strategy": "steps", "save_steps": 4, "num_train_epochs": 12}
+pretrain_admissions(StayArguments(sys.argv[1]), STAGE2, settings(output, **options))
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_goes_on_to_the_same_weights(data, tmp_path):
+    """Masks, dropout and the order of admissions included."""
+    saving = {"save_strategy": "steps", "save_steps": 4, "num_train_epochs": 12}
+    process = subprocess.Popen(
+        [sys.executable, "-c", CRASHING, data.data, str(tmp_path / "killed")], cwd=Path(__file__).parents[1],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 300
+    while not list((tmp_path / "killed").glob("checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert list((tmp_path / "killed").glob("checkpoint-*/trainer_state.json"))
+    assert not (tmp_path / "killed" / "model.safetensors").exists()
+    for name in ("killed", "whole"):
+        pretrain_admissions(data, STAGE2, settings(tmp_path / name, **saving))
+    resumed, whole = weights(tmp_path / "killed"), weights(tmp_path / "whole")
+    for name, value in whole.items():
+        torch.testing.assert_close(resumed[name], value, atol=1e-5, rtol=1e-4, msg=name)
+    assert not list((tmp_path / "killed").glob("checkpoint-*"))
+
+
+@pytest.mark.slow
+def test_two_ranks_with_half_a_batch_each_take_the_steps_of_one(data, tmp_path):
+    """Without dropout and hidden codes, of which each rank draws its own: every admission is the others' negative."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment["PYTHONPATH"] += os.pathsep + os.environ.get("PYTHONPATH", "")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(TWO_RANKS)]
+    done = subprocess.run(
+        [*command, data.data, str(tmp_path / "two")], capture_output=True, text=True, env=environment, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    pretrain_admissions(data, ALONE, settings(tmp_path / "one", max_steps=3))
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, atol=1e-5, rtol=1e-3, msg=name)
+    assert json.loads((tmp_path / "two" / "pretraining.json").read_text())["held_out"]
 
 
 def test_the_recipe_is_the_papers():
