@@ -16,7 +16,7 @@ from hf_ehr.prepare import prepare
 from hf_ehr.schema import shard_paths, validate_events
 from hf_ehr.sources import synthetic_icu
 from hf_ehr.sources._measurements import POSSIBLE
-from hf_ehr.sources._synthetic_icu_course import DEAD, DISCHARGED, LONGEST, _transitions, run_course
+from hf_ehr.sources._synthetic_icu_course import DEAD, DETERIORATING, DISCHARGED, LONGEST, _transitions, run_course
 from hf_ehr.sources._synthetic_icu_patients import MAX_VISITS, NEVER, Severity, draw_people
 from hf_ehr.sources._synthetic_icu_series import BETWEEN, WITHIN, _deviations
 from hf_ehr.sources._synthetic_icu_variables import ON_VASOPRESSOR, ON_VENTILATOR
@@ -125,16 +125,24 @@ def test_the_risk_of_death_is_that_of_the_chain_multiplied_out():
     rows = np.arange(2_000)
     severity, after = np.full(2_000, 0.7), np.full(2_000, 0.05)
     made = run_course(streams, rows, rows * 0, severity, np.zeros((2_000, 4)), after)
-    late = np.zeros((5, 5))
-    late[:3] = _transitions(np.array([0.7]), discharge=True)[0]
-    late[DEAD, DEAD] = late[DISCHARGED, DISCHARGED] = 1
+    early, late = np.eye(5), np.eye(5)
+    early[:3], late[:3] = (_transitions(np.array([0.7]), discharge=late)[0] for late in (False, True))
+
+    def risk(hours: np.ndarray) -> np.ndarray:
+        return hours[:3, DEAD] + 0.05 * (1 - hours[:3, DEAD])
+
     end = np.linalg.matrix_power(late, LONGEST - 1 - 48)
-    expected = end[:, DEAD] + 0.05 * (1 - end[:, DEAD])
     state = made.state[:, 48]
     assert len(set(state)) == 5
-    for here in range(3):
-        assert made.death[state == here] == pytest.approx(expected[here], rel=1e-9)
+    for here, expected in enumerate(risk(end)):
+        assert made.death[state == here] == pytest.approx(expected, rel=1e-9)
     assert np.isnan(made.death[state >= DEAD]).all()
+    stable, deteriorating, _ = risk(np.linalg.matrix_power(early, 20) @ np.linalg.matrix_power(late, 28) @ end)
+    share = (made.from_start[0] - stable) / (deteriorating - stable)  # of those who arrive deteriorating
+    assert (made.state[:, 0] == DETERIORATING).mean() == pytest.approx(share, abs=0.05)
+    inside = (made.from_start[0] - 0.05) / 0.95  # the others die behind the stay
+    assert made.died.mean() == pytest.approx(inside, abs=4.5 * np.sqrt(inside / 2_000))
+    assert not (made.state[:, :21] == DISCHARGED).any()
 
 
 def test_severity_and_the_outcomes_of_a_stay_know_nothing_of_age_and_sex():
@@ -342,11 +350,11 @@ def test_severity_is_standard_normal_and_a_sum_over_the_variables_with_low_rank_
 
 
 def age_tells(**options) -> float:
-    """Correlation of age with the systolic pressure of a stay."""
+    """Correlation of age with the urea of a stay."""
     events, _ = world(**options)
     birth = of_kind(events, "birth").select("subject_id", birth="time")
     stays = spans(events, "stay_id").join(birth, on="subject_id").join(means(**options), on="stay_id")
-    return stays.select(pl.corr((pl.col("start") - pl.col("birth")).dt.total_days(), "CINC2012/NISysABP")).item()
+    return stays.select(pl.corr((pl.col("start") - pl.col("birth")).dt.total_days(), "CINC2012/BUN")).item()
 
 
 def test_age_moves_normal_values_unless_setpoints_do_not_move():

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hf_ehr.sources._synthetic_icu_world import Streams
+from hf_ehr.sources._synthetic_icu_world import Stream, Streams
 from hf_ehr.sources._synthetic_process import sigmoid
 
 STABLE, DETERIORATING, RECOVERING, DEAD, DISCHARGED = range(5)
@@ -18,6 +18,7 @@ ASKED = (4, 12, 48)
 """Hours at which onsets are asked; death is asked at the last."""
 ONSETS = {"arf": (0.0005, 0.0105, 0.001), "shock": (0.00035, 0.0085, 0.0007)}
 """Hazard per hour of ventilation and of a vasopressor in the three states."""
+_TREATMENTS: dict[str, Stream] = {"arf": "ventilation", "shock": "vasopressor"}
 _EARLIEST = 20  # hours before which nobody is discharged
 _COUNTER = 1 << 12  # draws set aside for each stay
 
@@ -66,10 +67,10 @@ def run_course(
     gone = (state >= DEAD).argmax(1)
     there = np.arange(LONGEST + 1)[None] < gone[:, None]
     onset, risk = {}, {}
-    for column, (name, stream) in enumerate((("arf", "ventilation"), ("shock", "vasopressor"))):
+    for column, (name, stream) in enumerate(_TREATMENTS.items()):
         vulnerable = 0.6 * factors[:, 1 - column] + 0.4 * severity
         hazard = _hazard(name, vulnerable)
-        uniform = streams.at(stream, patient[:, None], number[:, None] * _COUNTER + np.arange(LONGEST))  # type: ignore[arg-type]
+        uniform = streams.at(stream, patient[:, None], number[:, None] * _COUNTER + np.arange(LONGEST))
         begins = there[:, :-1] & (uniform < np.take_along_axis(hazard, state[:, :-1].clip(max=2), 1) * _wane())
         onset[name] = _first(streams, patient, number, begins, column)
         for hour, chance in _onset_risk(hazard, early, late).items():

@@ -86,7 +86,13 @@ class Visits:
 
 @dataclass
 class Stays:
-    """R stays by patient, visit and number; ``start`` in seconds since 1900, ``course`` their hours."""
+    """R stays by patient, visit and number; what they have in common with ``Course`` is described there.
+
+    Attributes:
+        patient, visit, number: ``(R,)`` row of the patient, number of the visit, 0 or 1 within the visit.
+        start: ``(R,)`` seconds since 1900.
+        unit: ``(R,)`` index of the type of unit.
+    """
 
     patient: np.ndarray
     visit: np.ndarray

@@ -22,7 +22,7 @@ from hf_ehr.sources._synthetic_icu_variables import (
     ROW,
     SPREAD,
 )
-from hf_ehr.sources._synthetic_icu_world import FACTORS, Streams, SyntheticIcuConfig
+from hf_ehr.sources._synthetic_icu_world import FACTORS, Stream, Streams, SyntheticIcuConfig
 from hf_ehr.sources._synthetic_process import normal, sigmoid
 
 BETWEEN, WITHIN, PULL = 0.8, 0.6, 1.0
@@ -95,7 +95,7 @@ def _sampled(
     rate = np.array([variable.rate for variable in ICU_VARIABLES])
     ill = severity.severity[stays.patient, stays.visit]
     older = (people.age[stays.patient] - 63) / 16
-    urgency = 0.6 * level + (0.25 * ill + 0.15 * older)[:, None] if config.informative_sampling else 0 * level
+    urgency = 0.6 * level + (0.12 * ill + 0.1 * older)[:, None] if config.informative_sampling else 0 * level
     counter = draw[:, None] + np.arange(OBSERVED * len(PANELS))
     uniform = streams.at("sampled", stays.patient[:, None], counter).reshape(len(draw), OBSERVED, len(PANELS))
     chance = np.repeat(rate[None, None], OBSERVED, 1)
@@ -127,7 +127,7 @@ def _deviations(
     return total
 
 
-def _normals(streams: Streams, stream, stays: Stays, draw: np.ndarray, width: int) -> np.ndarray:
+def _normals(streams: Streams, stream: Stream, stays: Stays, draw: np.ndarray, width: int) -> np.ndarray:
     counter = draw[:, None] + np.arange(2 * OBSERVED * width)
     return normal(streams.at(stream, stays.patient[:, None], counter)).reshape(len(draw), OBSERVED, width)
 
