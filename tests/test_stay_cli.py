@@ -12,7 +12,9 @@ from transformers import AutoFeatureExtractor, AutoModelForSequenceClassificatio
 
 from hf_ehr.cli.main import main
 from hf_ehr.cli.stay_commands import task_level
+from hf_ehr.metrics import auroc
 from hf_ehr.schema import DatasetInfo, shard_name
+from hf_ehr.training.stays import StayArguments, StayFinetuneArguments, labelled_stays, predict_stays
 from tests.builders import day, patient, records, visit
 
 TASK = "icu_mortality_t24"
@@ -34,7 +36,8 @@ def write(folder, first, patients, seed):
             {"hour": float(hour), "name": "CINC2012/HR", "value": float(value), "text": None}
             for hour, value in zip(hours, values, strict=True)
         ]
-        measured.append({"hour": 30.0, "name": "CINC2012/HR", "value": 100.0 + 50 * dies, "text": None})  # later
+        later = ["CINC2012/HR", "ICU/ventilation", "ICU/vasopressor"] if dies else ["CINC2012/HR"]
+        measured += [{"hour": 30.0, "name": name, "value": 100.0 + 50 * dies, "text": None} for name in later]
         stay = {"stay_id": 7_000_000 + subject, "start": day(1), "end": day(3), "measurements": measured}
         fields = {"discharged_to": "died" if dies else "home", "diagnoses": ["ICD10CM/I10"] if dies else []}
         rows.append(
@@ -78,6 +81,19 @@ def test_the_road_ends_in_a_classifier_that_opens_alone(road):
     assert AutoFeatureExtractor.from_pretrained(road / "classifier").n_hours == 24
 
 
+@pytest.mark.parametrize("task", ["arf_onset_after_t24", "shock_onset_after_t24_gap4"])
+def test_respiratory_failure_and_shock_are_fine_tuned_like_death(road, task, monkeypatch):
+    monkeypatch.chdir(road)
+    words = ["finetune", "medhmp", "--data", "data", "--model", "encoder", "--task", task, "--output_dir", task]
+    assert main([*words, "--num_train_epochs", "1", *QUIET, "--debug"]) == 0
+    data = StayArguments("data")
+    model = AutoModelForSequenceClassification.from_pretrained(road / task)
+    extractor = AutoFeatureExtractor.from_pretrained(road / task)
+    held = labelled_stays(data, StayFinetuneArguments(task, task), extractor, data.splits(), "test")
+    assert set(model.config.thresholds) == {task}
+    assert auroc(held["labels"][:], predict_stays(model, held)) > 0.8
+
+
 def test_the_table_has_the_rivals_and_the_figures_are_drawn(road):
     table = json.loads((road / "evaluation" / "table.json").read_text())
     rows = {row["model"]: row for row in table["rows"]}
@@ -88,7 +104,8 @@ def test_the_table_has_the_rivals_and_the_figures_are_drawn(road):
         assert rows[name]["metrics"]["auroc"]["value"] > 0.8
     assert rows["Prevalence"]["metrics"]["auroc"]["value"] == 0.5
     assert set(table["event1"]) == set(rows)
-    assert rows["MedHMP"]["n"] == 44  # the fifth of 220 patients
+    splits = StayArguments(str(road / "data")).splits()
+    assert (rows["MedHMP"]["n"], rows["MedHMP"]["n_train"]) == (len(splits["test"]), len(splits["train"]))
     text = (road / "evaluation" / "table.md").read_text()
     assert "## Event 1" in text
     assert "lacks rows" not in text
@@ -101,7 +118,7 @@ def test_another_folder_is_tested_on_whole_at_the_same_threshold(road):
     table = json.loads((road / "external" / "table.json").read_text())
     rows = {row["model"]: row for row in table["rows"]}
     assert rows["MedHMP"]["n"] == 150
-    assert rows["MedHMP"]["n_train"] == 154
+    assert rows["MedHMP"]["n_train"] == len(StayArguments(str(road / "data")).splits()["train"])
     assert rows["LightGBM on summaries"]["metrics"]["auroc"]["value"] > 0.8
     assert "all labelled stays" in table["title"]
     groups = list(csv.DictReader((road / "external" / "subgroups.csv").open()))
