@@ -400,6 +400,15 @@ def test_a_batch_that_does_not_fit_is_refused_with_the_next_step(change, message
         gate_of("BertLstm")(**(admissions() | change))
 
 
+@pytest.mark.parametrize("pooling", ["pooler", "mean"])
+def test_tokens_where_a_note_is_missing_are_not_read(pooling):
+    model, batch = model_of(TestEhrFusionText, main="series", note_pooling=pooling), texts()
+    other = batch | {"note_input_ids": batch["note_input_ids"].clone()}
+    other["note_input_ids"][2] = 7
+    with torch.no_grad():
+        assert torch.equal(model(**other).logits, model(**batch).logits)
+
+
 def test_tokens_are_asked_for_where_the_model_has_a_text_encoder():
     with pytest.raises(ValueError, match="`note_input_ids` must be given"):
         model_of(TestEhrFusionText)(**admissions())
