@@ -189,6 +189,17 @@ def test_outcomes_end_visit_and_life_on_their_day(events_2012, source_2012):
     assert "Length_of_stay is unknown of 1 records: two days, the least." in source_2012.warnings
 
 
+def test_who_died_in_hospital_lived_for_the_two_days_that_every_record_lasts(engine, tmp_path):
+    folder = write_records(tmp_path, {number: RECORD_4.replace("9", str(number)) for number in (1, 2, 3)})
+    # Died on day 1, survived a stay of unknown length and died on day 1, died without a day.
+    outcomes = ["1,6,1,5,1,1", "2,6,1,-1,1,0", "3,6,1,1,-1,1"]
+    (folder / "Outcomes-a.txt").write_text("\n".join([OUTCOMES.partition("\n")[0], *outcomes, ""]))
+    source = physionet2012(engine, folder)
+    deaths = {row["subject_id"]: row["time"] - START for row in named(events_of(source), kind="death")}
+    assert deaths == {1: timedelta(days=3, seconds=-1), 3: timedelta(days=3, seconds=-1)}
+    assert [row[:4] for row in rejected_of(source)] == [("Outcomes-a.txt", 2, "Survival", "1")]
+
+
 def test_scores_are_facts_of_the_discharge_that_no_stay_holds(events_2012):
     scores = [row for row in events_2012.to_pylist() if row["code"] in ("CINC2012/SAPS-I", "CINC2012/SOFA")]
     assert {(row["subject_id"], row["numeric_value"]) for row in scores} == {(1, 6.0), (1, 1.0), (3, 9.0), (3, 2.0)}
