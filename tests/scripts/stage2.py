@@ -1,4 +1,4 @@
-"""Three steps of stage 2 on two ranks with half a batch each, under `torchrun`: `stage2.py DATA OUTPUT`."""
+"""Two steps of stage 2 on two ranks with half a batch each, under `torchrun`: `stage2.py DATA OUTPUT`."""
 
 import sys
 
@@ -10,7 +10,7 @@ from tests.test_admission_training import ALONE, settings
 
 
 def main(data: str, output: str) -> None:
-    training = settings(output, max_steps=3, per_device_train_batch_size=32)
+    training = settings(output, max_steps=2, optim="sgd", per_device_train_batch_size=32)
     pretrain_admissions(StayArguments(data), ALONE, training)
     torch.distributed.destroy_process_group()  # without it a rank may abort while it exits
 

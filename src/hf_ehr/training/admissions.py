@@ -99,7 +99,7 @@ class AdmissionPretrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Adds the gradients of a batch, over all its chunks and ranks, and returns its loss."""
         model.train()
-        chunks = self._prepare_inputs(inputs)["chunks"]
+        chunks: Any = self._prepare_inputs(inputs)["chunks"]
         key = (self.state.global_step, self.args.process_index)
         for name, hide in self.hiding.items():
             generator = hide.generator(key)
@@ -128,8 +128,9 @@ def pretrain_admissions(
     """Stage 2: hidden codes, and each modality beside the others, of the training patients' admissions (Eq 8 to 11).
 
     A batch is `per_device_train_batch_size` admissions of every rank, all compared with each other; memory is that of
-    `chunk_size`. A text encoder that is frozen reads each note once, before training. Writes model, processor, split
-    manifest and `pretraining.json` to `output_dir`.
+    `chunk_size`. On several ranks the last batch of an epoch is filled with admissions of its first one, as Accelerate
+    does; `dataloader_drop_last` leaves it out. A text encoder that is frozen reads each note once, before training.
+    Writes model, processor, split manifest and `pretraining.json` to `output_dir`.
 
     Returns:
         Figures of validation admissions (:func:`held_out_admissions`).
@@ -147,7 +148,7 @@ def pretrain_admissions(
     if run.finished:
         return run.record()["held_out"]
     processor = admission_processor(data, options, splits["train"])
-    model = new_admission_model(options, processor, training.seed)
+    model: Any = new_admission_model(options, processor, training.seed)
     notes = frozen_notes(model.to(training.device), processor)
     examples = {
         name: build_admission_examples(
@@ -190,15 +191,15 @@ def admission_processor(
     data: StayArguments, options: AdmissionPretrainArguments, train: np.ndarray
 ) -> MedHMPProcessor:
     """The features of stage 1, or others, codes fitted on the training patients, and the text encoder's tokenizer."""
-    codes = [
+    diagnoses, medications = (
         fit_tokenizer(data.data, subject_ids=train, kinds=[kind], min_patients=options.min_patients)
         for kind in ("diagnoses", "medications")
-    ]
+    )
     words = None
     if options.note_encoder is not None:
         words = AutoTokenizer.from_pretrained(options.note_encoder, model_max_length=options.note_max_length)
     where = options if options.stays is None else StayPretrainArguments(features=options.stays)
-    return MedHMPProcessor(features_of(data, where, train), *codes, words)
+    return MedHMPProcessor(features_of(data, where, train), diagnoses, medications, words)
 
 
 def new_admission_model(
@@ -267,7 +268,7 @@ def finetune_admissions(data: StayArguments, options: AdmissionFinetuneArguments
     """
     admissions = Level(
         MedHMPProcessor.from_pretrained, _fitted_on, new_admission_classifier,
-        lambda model, *arguments: labelled_admissions(*arguments, frozen_notes(model, arguments[2])),
+        lambda model, *arguments: labelled_admissions(*arguments, note_vectors=frozen_notes(model, arguments[2])),
         fit_admission_classifier, predict_admissions,
     )  # fmt: skip
     return fine_tuned(data, options, training, admissions)

@@ -139,7 +139,7 @@ def pretrain_stays(
     figures = held_out_stays(model, examples["validation"], examples["train"])
     if trainer.is_world_process_zero():
         trainer.save_model(str(training.output_dir))
-        extractor.save_pretrained(training.output_dir)
+        extractor.save_pretrained(output_of(training))
         data.manifest(splits).save(output_of(training) / SPLITS_FILE)
         run.finish({"held_out": figures, **asdict(options)})
     return figures
@@ -158,7 +158,7 @@ def features_of(data: StayArguments, options: StayPretrainArguments, train: np.n
 
 def stay_config(options: StayPretrainArguments, extractor: HourlyFeatureExtractor, **fields: Any) -> MedHMPConfig:
     """Preset, options, the sizes of the features, and further `fields`, over which options go."""
-    presets = {"base": MedHMPConfig, "paper": MedHMPConfig.paper, "tiny": MedHMPConfig.tiny}
+    presets: dict[str, Any] = {"base": MedHMPConfig, "paper": MedHMPConfig.paper, "tiny": MedHMPConfig.tiny}
     if options.preset not in presets:
         raise ValueError(f"`preset` must be one of {', '.join(presets)}, got {options.preset!r}.")
     sizes = {name: getattr(extractor, name) for name in ("num_hourly_features", "num_demographics", "n_hours")}
