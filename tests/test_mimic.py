@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 from collections import Counter
 from datetime import datetime
 
@@ -15,6 +17,7 @@ from hf_ehr.sources.engine import Engine, Source
 from hf_ehr.sources.mimic3 import mimic3
 from hf_ehr.sources.mimic4 import mimic4
 from hf_ehr.tasks import get_task
+from hf_ehr.tasks.icu import RESPIRATORY_FAILURE_ITEMS, SHOCK_ITEMS
 
 from .tables import MIMIC3, MIMIC4, write_tables
 
@@ -278,6 +281,23 @@ def test_the_counts_of_the_mimic_iii_demo(engine, real_data):
     assert source.warnings == ["NOTEEVENTS is empty: no notes."]
     ndc = [row for row in events_of(source, "prescriptions") if row["code"].startswith("NDC/")]
     assert len(ndc) / 10_398 == pytest.approx(0.86, abs=0.005)
+
+
+@pytest.mark.slow
+def test_the_treatments_of_the_mimic_iii_demo_are_of_its_stays(engine, real_data):
+    folder = real_data("mimic3_demo")
+    source = mimic3(engine, folder, measurements=True)
+    given = {}
+    for table in ("PROCEDUREEVENTS_MV", "INPUTEVENTS_MV"):
+        with gzip.open(folder / f"{table}.csv.gz", "rt") as stream:
+            rows = [row for row in csv.DictReader(stream) if row["cancelreason"] == "0"]
+        rows = [row for row in rows if row["statusdescription"] != "Rewritten"]
+        found = events_of(source, table.lower())
+        assert len(found) == len(rows)
+        assert {row["stay_id"] for row in found} == {int(row["icustay_id"]) for row in rows if row["icustay_id"]}
+        given |= Counter(row["code"] for row in found)
+    assert sum(given.get(code, 0) for code in RESPIRATORY_FAILURE_ITEMS) == 30
+    assert sum(given.get(code, 0) for code in SHOCK_ITEMS) == 551 - 121  # 121 rows of them were rewritten
 
 
 def test_the_counts_of_the_mimic_iv_demo(engine, real_data):
