@@ -86,8 +86,8 @@ def write_curves(bench: StayBench, folder: Path) -> list[Path]:
                 found = [json.loads(curve_path(bench, cell).read_text()) for cell in mine]
                 curves[name] = {key: np.mean([[row[key] for row in one] for one in found], 0) for key in found[0][0]}
                 place = {"data": data.name, "task": task, "row": name, "draws": len(mine)}
-                epochs = zip(*curves[name].values(), strict=True)
-                lines += [place | dict(zip(curves[name], values, strict=True)) for values in epochs]
+                for epoch, *values in zip(*curves[name].values(), strict=True):
+                    lines.append(place | {"epoch": round(epoch)} | dict(zip(FIGURES, values, strict=True)))
         if curves:
             drawn[f"{task} ({data.name})"] = curves
     if not drawn:
