@@ -268,7 +268,7 @@ def finetune_admissions(data: StayArguments, options: AdmissionFinetuneArguments
     """
     admissions = Level(
         MedHMPProcessor.from_pretrained, _fitted_on, new_admission_classifier,
-        lambda model, *arguments: labelled_admissions(*arguments, note_vectors=frozen_notes(model, arguments[2])),
+        lambda model, *arguments: labelled_admissions(*arguments, frozen_notes(model, arguments[2])),  # type: ignore
         fit_admission_classifier, predict_admissions,
     )  # fmt: skip
     return fine_tuned(data, options, training, admissions)
