@@ -76,9 +76,10 @@ def prepared(folder, time_axis: str, patients: int = 1):
     return folder
 
 
-def test_days_between_visits_of_which_only_the_order_is_known_are_refused(tmp_path):
-    folder = prepared(tmp_path, "order")
-    with pytest.raises(EhrDataError, match=r"`days=False` for .* only the order of its visits is known"):
+@pytest.mark.parametrize("time_axis", ["order", "visit"])
+def test_days_are_refused_where_time_between_visits_is_not_known(time_axis, tmp_path):
+    folder = prepared(tmp_path, time_axis)
+    with pytest.raises(EhrDataError, match=r"`days=False` for .* time between its visits is not known"):
         build_examples(folder, TOKENIZER)
     assert len(build_examples(folder, EhrCodeTokenizer.from_codes(CODES))) == 1  # without days they are examples
 

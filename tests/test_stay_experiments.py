@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 
 from hf_ehr.experiments import ReportArguments, load_spec, report
@@ -25,7 +26,7 @@ from hf_ehr.experiments.stays.materials import admission_arguments
 from hf_ehr.experiments.stays.models import new_model, probabilities
 from hf_ehr.experiments.stays.spec import GATES, OBJECTIVES, SERIES, StayRow, patients_at
 from hf_ehr.experiments.stays.stages import stages
-from hf_ehr.experiments.stays.summaries import load_summaries, taken
+from hf_ehr.experiments.stays.summaries import load_summaries, with_notes
 from hf_ehr.experiments.stays.tables import write_stays
 from hf_ehr.experiments.tables import collect_from
 from hf_ehr.intervals import crossed_bootstrap, holm
@@ -338,13 +339,20 @@ def test_summaries_stand_in_the_order_of_the_examples(bench):
 
 def test_summaries_of_other_stays_are_refused():
     summaries = StaySummaries(np.array([1, 2]), np.array([10, 20]), np.array([0, 1]), np.zeros((2, 1)), ["age"], {})
-    assert taken(summaries, np.array([20, 10]), np.array([2, 1])).labels.tolist() == [1, 0]
-    with pytest.raises(EhrDataError, match="asked about once"):
-        taken(summaries, np.array([30]), np.array([2]))
-    with pytest.raises(EhrDataError, match="asked about once"):
-        taken(replace(summaries, stay_id=np.array([20, 20])), np.array([20]), np.array([2]))
-    with pytest.raises(EhrDataError, match="one patient only"):
-        taken(summaries, np.array([20]), np.array([1]))
+    assert summaries.in_order(np.array([20]), np.array([1])).subject_id.tolist() == [2]
+    with pytest.raises(EhrDataError, match="are not"):
+        summaries.in_order(np.array([30]), np.array([1]))
+    with pytest.raises(EhrDataError, match="are not"):
+        replace(summaries, stay_id=np.array([20, 20])).in_order(np.array([20]), np.array([1]))
+    with pytest.raises(EhrDataError, match="are not"):
+        summaries.in_order(np.array([20]), np.array([0]))
+
+
+def test_vectors_of_notes_stand_beside_the_summaries_of_their_admissions():
+    summaries = StaySummaries(np.array([1, 2]), np.array([10, 20]), np.array([0, 1]), np.ones((2, 1)), ["age"], {})
+    found = with_notes(summaries, Dataset.from_dict({"note_vector": [[], [3.0, 4.0]]}))
+    assert found.names == ["age", "note 0", "note 1"]
+    np.testing.assert_array_equal(found.matrix, [[1, np.nan, np.nan], [1, 3, 4]])
 
 
 def test_the_oracle_is_read_by_task_and_by_stay(tmp_path):

@@ -66,19 +66,22 @@ class StaySummaries:
         return np.where(found >= 0, self.matrix[:, found], empty).astype(np.float32)
 
     def in_order(self, ids: Array, labels: Array) -> StaySummaries:
-        """The rows in the order of examples.
+        """The rows of some or all examples, in their order.
 
         Args:
             ids: `stay_id` (of an admission its `visit_id`) of each example.
             labels: Label of each.
 
         Raises:
-            EhrDataError: The rows are not those of the examples.
+            EhrDataError: An example has no row; or examples are some of the rows, and one is asked about several times.
         """
-        rows = np.empty(len(ids), np.int64)
-        if len(ids) == len(self.stay_id):
-            rows[np.lexsort((labels, ids))] = np.lexsort((self.labels, self.stay_id))
-        if len(ids) != len(self.stay_id) or (self.stay_id[rows] != ids).any() or (self.labels[rows] != labels).any():
+        rows, order = np.zeros(len(ids), np.int64), np.lexsort((self.labels, self.stay_id))
+        known = self.stay_id[order]
+        if len(ids) == len(known):
+            rows[np.lexsort((labels, ids))] = order
+        elif len(np.unique(known)) == len(known):
+            rows = order[np.searchsorted(known, ids).clip(max=len(known) - 1)]
+        if (self.stay_id[rows] != ids).any() or (self.labels[rows] != labels).any():
             raise EhrDataError(f"Summaries must be of the {len(ids)} examples, and are not. Label the data again.")
         parts = {name: getattr(self, name)[rows] for name in ("subject_id", "stay_id", "labels", "matrix")}
         return replace(self, fields={name: values[rows] for name, values in self.fields.items()}, **parts)

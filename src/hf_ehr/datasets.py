@@ -135,16 +135,17 @@ def build_examples(
 
     Raises:
         EhrDataError: The labels mix value columns, a class is not among ``label_names``, the tokenizer has ``days``
-            and the folder knows the order of visits only, or no example is left.
+            and the folder knows no time between visits, or no example is left.
         ValueError: An option has no meaning for these labels.
     """
     unknown = set(kinds) - set(CODE_KINDS)
     if unknown or not kinds:
         raise ValueError(f"`kinds` must name code lists out of {CODE_KINDS}, got {tuple(kinds)}.")
-    if tokenizer.days and not isinstance(records, pa.Table) and DatasetInfo.load(records).time_axis == "order":
+    axis = None if isinstance(records, pa.Table) else DatasetInfo.load(records).time_axis
+    if tokenizer.days and axis in ("order", "visit"):
         raise EhrDataError(
-            f"`tokenizer` must have `days=False` for {records}, got True: only the order of its visits is known "
-            "(time_axis: order), and days between them would be made up. Fit a tokenizer without days, and take a "
+            f"`tokenizer` must have `days=False` for {records}, got True: time between its visits is not known "
+            f"(time_axis: {axis}), and days between them would be made up. Fit a tokenizer without days, and take a "
             "model that reads none (all but HiTANet)."
         )
     kept = None if subject_ids is None else np.unique(np.asarray(subject_ids, np.int64))

@@ -33,7 +33,7 @@ from hf_ehr.experiments.stays.spec import (
     StaySpec,
     patients_at,
 )
-from hf_ehr.experiments.stays.summaries import admission_summaries, load_summaries
+from hf_ehr.experiments.stays.summaries import load_summaries
 from hf_ehr.metrics import auroc
 from hf_ehr.schema import atomic_path
 from hf_ehr.stay_baselines import STAY_BASELINES
@@ -94,7 +94,7 @@ class StayBench:
 
     def summaries_path(self, cell: StayCell) -> Path:
         """Where the summaries of a column's stays lie."""
-        return self.cohort(cell.data).folder / "summaries" / f"{task_name(cell.task)}.npz"
+        return self.cohort(cell.data).folder / "summaries" / f"{self.spec.level}-{task_name(cell.task)}.npz"
 
     def all_examples(self, cell: StayCell, split: str) -> Any:
         """The examples of all labelled patients of a split."""
@@ -190,10 +190,7 @@ class StayBench:
         if cell.row.model == PREVALENCE:
             share = float(np.mean(parts["train"]["labels"]))
             return np.full(len(parts["validation"]), share), np.full(len(parts["test"]), share)
-        if self.spec.level == ADMISSION:
-            summaries = admission_summaries(parts, self.features(cell).extractor().num_hourly_features)
-        else:
-            summaries = load_summaries(self.summaries_path(cell), parts)
+        summaries = load_summaries(self.summaries_path(cell), parts)
         found: Predictions = STAY_BASELINES[cell.row.model](*(summaries[s] for s in SPLITS), seed=cell.draw)
         return found.validation, found.test
 

@@ -139,11 +139,11 @@ def _examples(bench: StayBench) -> Iterator[Job]:
 
 def _summaries(bench: StayBench) -> Iterator[Job]:
     spec = bench.spec
-    for data, task in spec.columns() if spec.level != ADMISSION else ():
+    for data, task in spec.columns():
         for row in spec.rows:
             if not row.neural and row.model != PREVALENCE:
                 path = bench.summaries_path(StayCell(data, task, row, ALL, 0))
-                arguments = (bench.cohort(data), task, path)
+                arguments = (bench.cohort(data), spec.level, task, path)
                 yield Job(f"Summaries of {data.name}, {task}", make_summaries, arguments, path)
 
 
