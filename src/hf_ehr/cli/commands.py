@@ -97,7 +97,8 @@ def prepare(words: list[str]) -> None:
         shards=arguments.shards, workers=arguments.workers, options=json_options(arguments.options, "options"),
     )  # fmt: skip
     print(format_summary(info))
-    print(f"\nNext: hf-ehr pretrain medbert --data {arguments.output} --output_dir model/")
+    model = "medbert" if info.summary["codes"] else "medhmp --stage 1"
+    print(f"\nNext: hf-ehr pretrain {model} --data {arguments.output} --output_dir model/")
 
 
 def fit_tokenizer(words: list[str]) -> None:

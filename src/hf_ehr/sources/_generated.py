@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-GENERATED: Mapping[str, int] = {"synthetic": 45, "synthetic_icu": 1_000}
+GENERATED: Mapping[str, int] = {"synthetic": 45, "synthetic_icu": 550}
 """Name of the source → about how many events each of its patients has."""
 
 
