@@ -73,7 +73,7 @@ class StaySummaries:
             labels: Label of each.
 
         Raises:
-            EhrDataError: An example has no row; or examples are some of the rows, and one is asked about several times.
+            EhrDataError: An example has no row, or there are more rows and one is asked about several times.
         """
         rows, order = np.zeros(len(ids), np.int64), np.lexsort((self.labels, self.stay_id))
         known = self.stay_id[order]

@@ -50,8 +50,9 @@ class Cohort:
             self._prepare()
         splits = self.data.splits()
         if not (self.folder / "tokenizer").is_dir():
-            options = {"min_patients": self.data.min_patients, "days": self.spec.days}
-            tokenizer = fit_tokenizer(self.data.data, subject_ids=splits["train"], **options)
+            tokenizer = fit_tokenizer(
+                self.data.data, subject_ids=splits["train"], min_patients=self.data.min_patients, days=self.spec.days
+            )
             with atomic_folder(self.folder / "tokenizer") as temporary:
                 tokenizer.save_pretrained(temporary)
         for task in tasks:
