@@ -293,7 +293,7 @@ def test_the_options_of_a_generated_world_are_checked_before_the_work(tmp_path):
         with pytest.raises(ValueError, match="`patients` must be"):
             prepare(source, None, tmp_path / "out", progress=False, options={"patients": 0})
     assert not (tmp_path / "out").exists()
-    job = driver._plan("synthetic_icu", None, tmp_path, "duckdb", None, {"patients": 9_000})
+    job = driver._plan("synthetic_icu", None, tmp_path, "duckdb", None, {"patients": 16_000})
     assert job["shards"] == 3
 
 

@@ -141,8 +141,8 @@ def build_examples(
     unknown = set(kinds) - set(CODE_KINDS)
     if unknown or not kinds:
         raise ValueError(f"`kinds` must name code lists out of {CODE_KINDS}, got {tuple(kinds)}.")
-    axis = None if isinstance(records, pa.Table) else DatasetInfo.load(records).time_axis
-    if tokenizer.days and axis in ("order", "visit"):
+    axis = DatasetInfo.load(records).time_axis if tokenizer.days and not isinstance(records, pa.Table) else None
+    if axis in ("order", "visit"):
         raise EhrDataError(
             f"`tokenizer` must have `days=False` for {records}, got True: time between its visits is not known "
             f"(time_axis: {axis}), and days between them would be made up. Fit a tokenizer without days, and take a "
