@@ -25,18 +25,13 @@ IGNORED = -100
 Masking = Callable[[FlatBatch], tuple[FlatBatch, np.ndarray]]
 
 
-class ObjectiveMasking:
-    """What the objectives share: which ids are codes, and a random generator of their own."""
+class Hiding:
+    """What the objectives share that hide things at random: with which probability, and a generator of their own."""
 
-    def __init__(self, tokenizer: Any, probability: float, seed: int):
+    def __init__(self, probability: float, seed: int):
         if not 0 < probability < 1:
             raise ValueError(f"`probability` must lie between 0 and 1, got {probability}.")
         self.probability, self.seed = probability, seed
-        self.is_code = np.ones(len(tokenizer), bool)
-        self.is_code[tokenizer.all_special_ids] = False
-        self.codes = np.flatnonzero(self.is_code)
-        if not len(self.codes):
-            raise ValueError("`tokenizer` must know at least one code, got special tokens only. Fit it on records.")
         self._source: tuple[int, ...] | None = None
         self._generator = np.random.Generator(np.random.PCG64DXSM())
 
@@ -50,6 +45,18 @@ class ObjectiveMasking:
         if source != self._source:
             self._source, self._generator = source, np.random.Generator(np.random.PCG64DXSM(source))
         return self._generator
+
+
+class ObjectiveMasking(Hiding):
+    """Hiding of codes: which ids are codes."""
+
+    def __init__(self, tokenizer: Any, probability: float, seed: int):
+        super().__init__(probability, seed)
+        self.is_code = np.ones(len(tokenizer), bool)
+        self.is_code[tokenizer.all_special_ids] = False
+        self.codes = np.flatnonzero(self.is_code)
+        if not len(self.codes):
+            raise ValueError("`tokenizer` must know at least one code, got special tokens only. Fit it on records.")
 
 
 class CodeMasking(ObjectiveMasking):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .collators import ObjectiveMasking, rectangle
+from .collators import Hiding, ObjectiveMasking, rectangle
 
 HOURLY = ("feature_ids", "feature_counts")
 CODES = {"diagnosis": "diagnosis_ids", "medication": "medication_ids"}
@@ -45,12 +45,42 @@ def code_hiding(tokenizers: Mapping[str, Any], probability: float, seed: int) ->
     return {name: CodeHiding(tokenizers[name], probability, seed + place) for place, name in enumerate(CODES)}
 
 
+class VariableHiding(Hiding):
+    """Which variables of a stay the encoder does not see: each by itself, with all its features and over all hours.
+
+    The paper hides nothing in its first stage. What is hidden must be told from the other variables, not copied.
+
+    Args:
+        variables: (features,) number of the variable that each feature is of (`HourlyRecipe.variables`, kept ones).
+        probability: Share of the variables that are hidden.
+        seed: Seed of the choices.
+
+    Raises:
+        ValueError: The probability is out of range.
+    """
+
+    def __init__(self, variables: np.ndarray, probability: float, seed: int = 0):
+        super().__init__(probability, seed)
+        self.variables = variables
+
+    def __call__(self, stays: int) -> np.ndarray:
+        """(stays, features) bool, True where hidden."""
+        shape = (stays, int(self.variables.max(initial=-1)) + 1)
+        return (self.generator(None).random(shape, np.float32) < self.probability)[:, self.variables]
+
+
 class StayCollator:
     """Rows of stays → input of a model of hourly series.
 
     A row holds ``stay_hours`` (an int), ``feature_ids`` and ``feature_counts`` (lists), ``demographics`` and, in
     continuous form, ``feature_values``; see :class:`hf_ehr.models.hourly_series.HourlySeries` for their meaning.
+
+    Args:
+        hiding: Adds ``hidden_features`` (stays, features) bool, for pre-training; None hides nothing.
     """
+
+    def __init__(self, hiding: VariableHiding | None = None):
+        self.hiding = hiding
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Rows of lists or numpy arrays to a batch.
@@ -66,6 +96,8 @@ class StayCollator:
         """
         batch = _labels(rows) | _series(rows)
         batch["demographics"] = torch.from_numpy(np.stack(_column(rows, "demographics", np.float32)))
+        if self.hiding is not None:
+            batch["hidden_features"] = torch.from_numpy(self.hiding(len(rows)))
         return batch
 
 

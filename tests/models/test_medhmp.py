@@ -355,6 +355,21 @@ def test_the_sum_over_features_is_the_mean_times_their_number():
     torch.testing.assert_close(summed, FEATURES * mean)
 
 
+def test_hidden_features_are_not_seen_and_reconstructed_all_the_same():
+    model, batch = model_of(MedHMPForStayPreTraining).eval(), stays()
+    rest = {name: batch[name] for name in ("stay_hours", "demographics")}
+    series = HourlySeries.of(FEATURES, **{name: values for name, values in batch.items() if name != "demographics"})
+    hidden = torch.zeros(len(HOURS), FEATURES, dtype=torch.bool)
+    hidden[:, 2] = hidden[0, 1] = True
+    with torch.no_grad():
+        found = model(**batch, hidden_features=hidden)
+        blind = model(**rest, hourly_values=series.values * ~hidden[:, None])
+    torch.testing.assert_close(found.stay_state, blind.stay_state)
+    errors = (blind.reconstruction - series.values).square().sum(dim=2)[series.mask]
+    torch.testing.assert_close(found.loss, errors.mean() / FEATURES)
+    assert not torch.isclose(found.loss, blind.loss)
+
+
 # Stays of an admission (row 78)
 
 

@@ -113,7 +113,12 @@ class MedHMPForStayPreTraining(MedHMPPreTrainedModel):
 
     @can_return_tuple
     def forward(self, **inputs) -> MedHMPForStayPreTrainingOutput:
-        """Encodes and decodes stays; inputs as in [`MedHMPStayModel`]."""
+        """Encodes and decodes stays.
+
+        Args:
+            **inputs: As in [`MedHMPStayModel`], and `hidden_features` (stays, features) bool: what the encoder does
+                not see and the decoder has to give all the same. The paper hides nothing.
+        """
         stays = self.medhmp.stay_encoder.encode(**inputs)
         values, mask = stays.series
         reconstruction = self.decoder(stays.state, mask.shape[1])

@@ -23,7 +23,7 @@ from hf_ehr.models.configuration_medhmp import MedHMPConfig
 from hf_ehr.models.feature_extraction_hourly import HourlyFeatureExtractor
 from hf_ehr.models.hourly_series import HourlySeries
 from hf_ehr.models.modeling_medhmp import MedHMPForStayClassification, MedHMPForStayPreTraining
-from hf_ehr.stay_collators import StayCollator
+from hf_ehr.stay_collators import StayCollator, VariableHiding
 from hf_ehr.stay_datasets import build_stay_examples
 from hf_ehr.tasks.audit import SplitManifest, check_fitted_on
 from hf_ehr.training._runs import (
@@ -88,6 +88,10 @@ class StayPretrainArguments:
         default=None, metadata={"help": "Folder of hourly features (`hf-ehr fit-hourly`); fitted here when left out."}
     )
     feature_options: str = field(default="{}", metadata={"help": "Arguments of fit_hourly_features as JSON."})
+    hidden_variables: float = field(
+        default=0.0,
+        metadata={"help": "Share of a stay's variables to hide and still reconstruct; the paper hides none."},
+    )
 
 
 @dataclass
@@ -131,8 +135,9 @@ def pretrain_stays(
     }
     torch.manual_seed(training.seed)
     model = MedHMPForStayPreTraining(stay_config(options, extractor))
+    collate = StayCollator(_hiding(options, extractor, training))
     trainer = Trainer(
-        model, run_arguments(training, remove_unused_columns=False), StayCollator(),
+        model, run_arguments(training, remove_unused_columns=False), collate,
         train_dataset=examples["train"].with_format("numpy"),
     )  # fmt: skip
     quiet(trainer).train(resume_from_checkpoint=last_checkpoint(training))
@@ -154,6 +159,14 @@ def features_of(data: StayArguments, options: StayPretrainArguments, train: np.n
     extractor = HourlyFeatureExtractor.from_pretrained(options.features)
     check_fitted_on(extractor.fitted_on or "", train)
     return extractor
+
+
+def _hiding(
+    options: StayPretrainArguments, extractor: HourlyFeatureExtractor, training: TrainingArguments
+) -> VariableHiding | None:
+    if not options.hidden_variables:
+        return None
+    return VariableHiding(extractor.recipe.variables[extractor.kept], options.hidden_variables, training.seed)
 
 
 def stay_config(options: StayPretrainArguments, extractor: HourlyFeatureExtractor, **fields: Any) -> MedHMPConfig:
