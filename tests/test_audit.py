@@ -284,11 +284,27 @@ class TestSplits:
             with pytest.raises(LeakageError, match=f"1 patients of `{now}` were in `{before}`"):
                 later.check(earlier)
 
-    def test_sources_that_share_people_under_other_ids_are_refused(self):
-        three, four = (SplitManifest.of(name, {"train": [1]}) for name in ("mimic3", "mimic4"))
-        with pytest.raises(LeakageError, match="CareVue"):
-            three.check(four)
-        SplitManifest.of("mimic3_carevue", {"test": [2]}).check(four)
+    @pytest.mark.parametrize(
+        ("one", "other", "shared"),
+        [
+            ("mimic3", "mimic4", True),
+            ("mimic3_carevue", "mimic4", False),
+            ("physionet2012", "mimic3", True),
+            ("physionet2012", "mimic3_carevue", True),
+            ("physionet2012", "mimic4", True),
+            ("physionet2012", "physionet2019", False),
+            ("physionet2012", "eicu", False),
+            ("physionet2012", "physionet2012", False),
+        ],
+    )
+    def test_sources_that_share_people_under_other_ids_are_refused(self, one, other, shared):
+        first, second = SplitManifest.of(one, {"train": [1]}), SplitManifest.of(other, {"test": [2]})
+        for later, earlier in ((first, second), (second, first)):
+            if shared:
+                with pytest.raises(LeakageError, match=f"L1.*`{later.source}` and `{earlier.source}` share people"):
+                    later.check(earlier)
+            elif later is first:
+                later.check(earlier)
 
     def test_manifests_of_different_salts_cannot_be_compared(self):
         one = SplitManifest.of("mimic4", {"train": [1]}, salt="secret")
@@ -362,7 +378,7 @@ class TestTheRest:
             check_prevalence(balanced, population)
         check_prevalence(balanced, population, flagged=True)
 
-    @pytest.mark.parametrize("axis", ["shifted", "order"])
+    @pytest.mark.parametrize("axis", ["shifted", "visit", "order"])
     def test_calendar_splits_need_true_dates(self, axis):
         check_calendar_split(DatasetInfo(source="x"))
         with pytest.raises(LeakageError, match="L12.*" + axis):

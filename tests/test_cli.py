@@ -27,7 +27,7 @@ def test_help_names_every_command_and_every_command_has_help(capsys):
 def test_a_command_of_several_models_says_which_have_a_page(capsys):
     for command in ("pretrain", "finetune"):
         pages = {}
-        for model in ("medbert", "ehrbert"):
+        for model in ("medbert", "ehrbert", "medhmp"):
             with pytest.raises(SystemExit):
                 main([command, model, "--help"])
             pages[model] = capsys.readouterr().out

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 from hf_ehr import EhrCodeTokenizer, EhrRnnConfig, EhrRnnForSequenceClassification
+from hf_ehr.cli.main import main
 from hf_ehr.collators import CodeMasking, PackedCollator, PaddedCollator, SetMasking
 from hf_ehr.datasets import build_examples
 from hf_ehr.samplers import FlatBatch, FlatExamples
-from hf_ehr.schema import LABEL_SCHEMA
+from hf_ehr.schema import LABEL_SCHEMA, DatasetInfo, EhrDataError, shard_name, write_parquet
 from hf_ehr.vocabulary import fit_tokenizer
 from tests.builders import day, patient, records, visit
 
@@ -65,6 +66,34 @@ def test_a_tokenizer_without_the_option_leaves_no_trace_of_it(tmp_path):
     assert loaded.encode_patient(record) == TOKENIZER.encode_patient(record)
     fitted = fit_tokenizer(records(record), subject_ids=[1], min_patients=1, days=True)
     assert fitted.encode_patient(record)["day_ids"] == [1]
+
+
+def prepared(folder, time_axis: str, patients: int = 1):
+    """A prepared folder of patients with two visits, 9 days apart."""
+    rows = [patient(n, [visit(2, diagnoses=[A]), visit(11, diagnoses=[B, C])]) for n in range(patients)]
+    write_parquet(records(*rows), folder / "records" / shard_name(0, 1))
+    DatasetInfo("table", time_axis=time_axis).save(folder)
+    return folder
+
+
+@pytest.mark.parametrize("time_axis", ["order", "visit"])
+def test_days_are_refused_where_time_between_visits_is_not_known(time_axis, tmp_path):
+    folder = prepared(tmp_path, time_axis)
+    with pytest.raises(EhrDataError, match=r"`days=False` for .* time between its visits is not known"):
+        build_examples(folder, TOKENIZER)
+    assert len(build_examples(folder, EhrCodeTokenizer.from_codes(CODES))) == 1  # without days they are examples
+
+
+@pytest.mark.parametrize("time_axis", ["calendar", "shifted"])
+def test_days_are_built_where_intervals_are_true(time_axis, tmp_path):
+    assert build_examples(prepared(tmp_path, time_axis), TOKENIZER)["day_ids"][:] == [[1, 10, 10]]
+
+
+@pytest.mark.parametrize("days", [False, True])
+def test_a_tokenizer_with_days_is_fitted_by_the_command(days, tmp_path):
+    words = ["fit-tokenizer", "--data", str(prepared(tmp_path / "data", "calendar", 40)), "--min_patients", "1"]
+    assert main([*words, "--output", str(tmp_path / "out"), *(["--days"] if days else [])]) == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").days == days
 
 
 @st.composite

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 from itertools import pairwise
+from pathlib import Path
 
 import ibis
 import pyarrow as pa
@@ -83,14 +84,19 @@ def engine() -> Engine:
     return Engine.connect(threads=2)
 
 
-@pytest.fixture(scope="module")
-def source(engine, tmp_path_factory) -> Source:
-    folder = write_tables(tmp_path_factory.mktemp("eicu"), TABLES)
+def write_unit(folder: Path) -> Path:
+    """All tables, and an hourly grid in the folder ``grid``."""
+    write_tables(folder, TABLES)
     (folder / "grid").mkdir()
     hours = pa.array([0, 3_600_000, 0], pa.duration("ms"))
     grid = {"stay_id": [100, 100, 777], "time": hours, "hr": [None, 81.5, 90.0], "crea": [1.5, None, 1.0]}
     pq.write_table(pa.table(grid), folder / "grid" / "dyn.parquet")
-    return eicu(engine, folder, yaib="grid")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source(engine, tmp_path_factory) -> Source:
+    return eicu(engine, write_unit(tmp_path_factory.mktemp("eicu")), yaib="grid")
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +162,7 @@ def test_visits_of_a_patient_are_in_the_order_of_their_years_and_death_is_last(r
     assert all(later["start"] - visit["start"] >= timedelta(days=366) for visit, later in pairwise(visits))
     assert records[SUBJECT]["death_time"] == visits[-1]["stays"][0]["end"]
     assert source.warnings[0].startswith("1 patients have several hospital visits")
-    assert source.time_axis == "shifted"
+    assert source.time_axis == "visit"
 
 
 def test_demographics_of_the_first_visit(records):

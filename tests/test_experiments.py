@@ -225,7 +225,7 @@ def test_table_4_has_the_papers_rows_and_tasks():
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("head: gru,", "head: lstm,", "`head` of 'GRU' must be one of"),
+        ("head: gru,", "head: cnn,", "`head` of 'GRU' must be one of"),
         ("model: rnn, head: gru", "model: rnn, head: ffn", "recurrent `head`"),
         ("model: Bag-of-codes LR", "model: Bag LR", "`model` of 'L2 LR'"),
         ("- [GRU, L2 LR]", "- [GRU, LR]", "`comparisons`"),

@@ -53,6 +53,7 @@ FLOORS = (
         "entity_datasets",
         "entity_corpora",
         "stay_datasets",
+        "admission_datasets",
         "visit_datasets",
         "_visit_shards",
         "_visit_slots",
@@ -75,6 +76,10 @@ FLOORS = (
         "recommendation",
         "recommendation_baselines",
         "named_entities",
+        "_stay_summaries",
+        "stay_baselines",
+        "decision_curves",
+        "subgroups",
         "visualization",
         "attention_maps",
         "_encoders",
@@ -97,6 +102,7 @@ FLOORS = (
         "gradient_caching",
         "label_embeddings",
         "evaluation",
+        "stay_evaluation",
         "coding_report",
         "coding_tables",
         "coder_evaluation",
@@ -119,6 +125,7 @@ MODELS_SEEN_BELOW_THE_TOP = {
     "stay_datasets": {"feature_extraction_hourly"},
     "visit_datasets": {"processing_medmplm"},
     "drug_classes": {"code_hierarchy"},
+    "admission_datasets": {"processing_medhmp"},
 }
 MODELS_MAY_IMPORT = {"torch", "transformers", "tokenizers", "numpy", "huggingface_hub"} | sys.stdlib_module_names
 HEAVY = {"polars", "ibis", "datasets", "sklearn", "evaluate", "matplotlib", "lightgbm", "duckdb", "pyspark", "pyarrow"}

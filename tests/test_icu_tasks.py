@@ -15,6 +15,7 @@ from hf_ehr.tasks import Matching, TaskSpec, get_task, label_dataset, read_label
 from hf_ehr.tasks.matching import match_controls
 from tests.builders import day, patient, records, visit
 
+PULSE = (2.0, "MIMIC_ITEM/220045")
 VENTILATION, VASOPRESSOR = "MIMIC_ITEM/225792", "MIMIC_ITEM/221906"
 
 
@@ -81,21 +82,27 @@ class TestOnset:
         ],
     )
     def test_hours_gap_and_horizon_decide_the_label(self, task, hour, label):
-        events = [(5.0, "MIMIC_ITEM/220045"), *([] if hour is None else [(hour, VENTILATION)])]
+        events = [PULSE, *([] if hour is None else [(hour, VENTILATION)])]
         found, reasons = ask(task, icu(*events))
         assert (found, reasons) == (({}, [label]) if isinstance(label, str) else ({36: label}, []))
 
     def test_an_onset_in_the_next_stay_is_not_this_ones(self):
-        two = visit(0, 20, stays=[stay(1, 4), stay(10, 15, (20.0, VENTILATION), stay_id=2)])
+        two = visit(0, 20, stays=[stay(1, 4, PULSE), stay(10, 15, PULSE, (20.0, VENTILATION), stay_id=2)])
         assert ask("arf_onset_after_t12", two) == ({36: False, 252: True}, [])
 
     def test_vasopressors_are_shock_and_ventilation_is_not(self):
-        assert ask("shock_onset_after_t4", icu((20.0, VASOPRESSOR))) == ({28: True}, [])
-        assert ask("shock_onset_after_t4", icu((20.0, VENTILATION))) == ({28: False}, [])
+        assert ask("shock_onset_after_t4", icu(PULSE, (20.0, VASOPRESSOR))) == ({28: True}, [])
+        assert ask("shock_onset_after_t4", icu(PULSE, (20.0, VENTILATION))) == ({28: False}, [])
+
+    @pytest.mark.parametrize("events", [(), ((2.0, "MIMIC_ITEM/211"),), ((2.0, "MIMIC_ITEM/50868"),)])
+    def test_a_stay_where_no_treatment_would_be_written_down_is_no_negative(self, events):
+        # Nothing at all, CareVue's heart rate, a laboratory value.
+        assert ask("arf_onset_after_t12", icu(*events)) == ({}, ["treatments_not_charted"])
+        assert ask("shock_onset_after_t12", icu(*events, (2.0, "CINC2012/HR"))) == ({36: False}, [])
 
     def test_a_stay_without_an_end_has_no_rest_but_a_horizon(self):
-        assert ask("arf_onset_after_t12", icu((20.0, VENTILATION), end=None)) == ({}, ["target_not_bounded"])
-        assert ask("arf_onset_after_t12_within24", icu((20.0, VENTILATION), end=None)) == ({36: True}, [])
+        assert ask("arf_onset_after_t12", icu(PULSE, (20.0, VENTILATION), end=None)) == ({}, ["target_not_bounded"])
+        assert ask("arf_onset_after_t12_within24", icu(PULSE, (20.0, VENTILATION), end=None)) == ({36: True}, [])
 
 
 @pytest.mark.parametrize("name", ["icu_mortality_t48_gap6", "arf_onset_after_t", "icu_mortality_48"])

@@ -21,9 +21,11 @@ from hf_ehr.metrics import (
     calibration_intercept_slope,
     cohen_kappa_at,
     ece,
+    event1,
     f1_at,
     multiclass_metrics,
     multilabel_metrics,
+    net_benefit,
     trainer_metrics,
     undefined_reason,
 )
@@ -198,6 +200,34 @@ def test_no_threshold_beats_the_best_one(rows):
     y, p, _ = rows
     best = f1_at(y, p, best_f1_threshold(y, p))
     assert best >= max(f1_at(y, p, t) for t in np.unique(p)) - 1e-12
+
+
+def test_event_1_and_net_benefit_by_hand():
+    y, p = [1, 1, 1, 0, 0, 0, 0, 0], [0.9, 0.6, 0.2, 0.8, 0.7, 0.1, 0.1, 0.1]
+    # flagged at .5: two of three positives, two of five negatives
+    assert event1(y, p, 0.5) == pytest.approx(min(2 / 3, 2 / 4))
+    assert event1(y, p, 0.85) == pytest.approx(min(1 / 3, 1 / 1))
+    assert event1(y, p, 0.95) == 0
+    assert math.isnan(event1([0, 0], [0.9, 0.1], 0.5))
+    assert net_benefit(y, p, 0.5) == pytest.approx(2 / 8 - 2 / 8)
+    assert net_benefit(y, p, 0.15) == pytest.approx(3 / 8 - 2 / 8 * 0.15 / 0.85)
+    weight = [1, 1, 2, 3, 1, 1, 1, 1]
+    assert event1(y, p, 0.5, weight) == pytest.approx(2 / 6)
+    assert net_benefit(y, p, 0.5, weight) == pytest.approx((2 - 4) / 11)
+    for wrong in (0.0, 1.0):
+        with pytest.raises(ValueError, match=r"`threshold` must be in \(0, 1\)"):
+            net_benefit(y, p, wrong)
+
+
+@settings(max_examples=30, deadline=None)
+@given(scored_rows(), st.floats(0.05, 0.95))
+def test_event_1_is_the_smaller_of_recall_and_precision(rows, threshold):
+    y, p, weight = rows
+    flagged = (p >= threshold).astype(int)
+    if (weight * y).sum():
+        recall = sk.recall_score(y, flagged, sample_weight=weight)
+        precision = sk.precision_score(y, flagged, sample_weight=weight, zero_division=0)
+        assert event1(y, p, threshold, weight) == pytest.approx(min(recall, precision), abs=1e-9)
 
 
 def test_binary_metrics_name_everything_once():

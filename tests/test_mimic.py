@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 from collections import Counter
 from datetime import datetime
 
 import ibis
+import pyarrow as pa
 import pytest
 
+from hf_ehr.records import assemble
 from hf_ehr.schema import EhrDataError, validate_events
 from hf_ehr.sources.engine import Engine, Source
 from hf_ehr.sources.mimic3 import mimic3
 from hf_ehr.sources.mimic4 import mimic4
+from hf_ehr.tasks import get_task
+from hf_ehr.tasks.icu import RESPIRATORY_FAILURE_ITEMS, SHOCK_ITEMS
 
 from .tables import MIMIC3, MIMIC4, write_tables
 
@@ -57,11 +63,15 @@ def test_every_bad_row_of_the_hospital_is_rejected_with_its_reason(hospital):
             ("DIAGNOSES_ICD.csv", 8, "hadm_id", "10", orphan),
             ("ICUSTAYS.csv", 2, "intime,outtime", "2160-02-02 00:00:00,2160-02-01 00:00:00",
              "negative stay: `outtime` is before `intime`"),
+            ("INPUTEVENTS_MV.csv", 1, "statusdescription", "Rewritten", "cancelled or rewritten: never given"),
+            ("INPUTEVENTS_MV.csv", 4, "starttime", None, "`starttime` is missing"),
             ("NOTEEVENTS.csv", 3, "iserror", "1", "marked as error"),
             ("PATIENTS.csv", 4, "gender", "X", "unknown `gender`: must be F or M"),
             ("PATIENTS.csv", 5, "dob", "not a date", "`dob` is no readable timestamp"),
             ("PRESCRIPTIONS.csv", 3, "startdate", None, "`startdate` is missing"),
             ("PRESCRIPTIONS.csv", 4, "ndc,drug", "0,", "neither `ndc` nor `drug` names a medication"),
+            ("PROCEDUREEVENTS_MV.csv", 2, "statusdescription", "FinishedRunning",
+             "cancelled or rewritten: never given"),
         ],
         key=str,
     )  # fmt: skip
@@ -69,7 +79,10 @@ def test_every_bad_row_of_the_hospital_is_rejected_with_its_reason(hospital):
 
 def test_every_input_row_is_an_event_or_a_rejected_row(hospital):
     rejected = Counter(row[0] for row in rejected_of(hospital))
-    for table in ("DIAGNOSES_ICD", "PROCEDURES_ICD", "PRESCRIPTIONS", "NOTEEVENTS", "LABEVENTS", "CHARTEVENTS"):
+    for table in (
+        "DIAGNOSES_ICD", "PROCEDURES_ICD", "PRESCRIPTIONS", "NOTEEVENTS", "LABEVENTS", "CHARTEVENTS",
+        "PROCEDUREEVENTS_MV", "INPUTEVENTS_MV",
+    ):  # fmt: skip
         rows = 3 if table == "NOTEEVENTS" else MIMIC3[table].count("\n") - 1
         assert len(events_of(hospital, table.lower())) + rejected[f"{table}.csv"] == rows
 
@@ -120,50 +133,83 @@ def test_a_lab_is_measured_in_the_stay_that_holds_its_time(engine, tmp_path):
 2,,7,2150-01-11 10:00:00,1,1
 """
     source = mimic3(engine, write_tables(tmp_path, MIMIC3, ICUSTAYS=stays, LABEVENTS=labs), measurements=True)
-    found = {row["code"].split("/")[1]: row["stay_id"] for row in events_of(source, "labevents")}
+    rows = events_of(source, "labevents")
+    found = {row["code"].split("/")[1]: row["stay_id"] for row in rows}
     # Stays that overlap: the earlier one ends where the next begins. 6 names another admission than the stay's.
     assert found == {"1": None, "2": 7, "3": 7, "4": 8, "5": None, "6": None, "7": None}
+    # A row that names no admission is of the stay's, else RECORDS would not have it.
+    assert {row["code"]: row["visit_id"] for row in named(rows, stay_id=7)} == {"MIMIC_ITEM/2": 11, "MIMIC_ITEM/3": 11}
 
 
-def test_births_and_deaths(hospital):
-    rows = events_of(hospital, "patients")
-    birth = {row["subject_id"]: row["time"] for row in named(rows, kind="birth")}
-    first = datetime(2160, 2, 1, 10)
-    assert birth[1] == datetime(2100, 3, 1)
-    assert abs((first - birth[2]).days - 91 * 365.25) < 1  # 300 years in the file: hidden age
-    death = {row["subject_id"]: row["time"] for row in named(rows, kind="death")}
-    assert death == {2: datetime(2160, 2, 9, 9, 30), 3: datetime(2150, 5, 5, 23, 59, 59)}
-    assert {(row["subject_id"], row["code"]) for row in named(rows, kind="static")} == {
-        (1, "Sex/F"), (2, "Sex/M"), (3, "Sex/M"),
+def test_treatments_are_events_of_their_stay_that_tell_nothing_of_their_end(hospital):
+    (ventilation,) = events_of(hospital, "procedureevents_mv")
+    assert (ventilation["code"], ventilation["stay_id"], ventilation["visit_id"]) == ("MIMIC_ITEM/225792", 7, 11)
+    assert (ventilation["numeric_value"], ventilation["text_value"]) == (1.0, None)  # not the 720 minutes
+    assert ventilation["time"] == ventilation["available_at"] == datetime(2150, 1, 11, 20)
+    infusions = {row["code"]: row for row in events_of(hospital, "inputevents_mv")}
+    assert {code: (row["numeric_value"], row["text_value"], row["stay_id"], row["visit_id"])
+            for code, row in infusions.items()} == {
+        "MIMIC_ITEM/221906": (0.25, "mcg/kg/min", 7, 11), "MIMIC_ITEM/225158": (None, None, 7, 11),
     }  # fmt: skip
 
 
-def test_medications_are_ndc_or_a_normalised_name_known_at_the_end_of_the_day(hospital):
-    rows = sorted((row["time"], row["code"], row["available_at"]) for row in events_of(hospital, "prescriptions"))
-    assert rows == [
-        (datetime(2150, 1, 11), "DRUG/INSULIN_HUMAN", datetime(2150, 1, 11, 23, 59, 59)),
-        (datetime(2150, 1, 12), "NDC/00536338101", datetime(2150, 1, 12, 23, 59, 59)),
-    ]
+TREATMENTS = {
+    "220339": ("chartevents", "arf"), "225792": ("procedureevents", "arf"), "225794": ("procedureevents", "arf"),
+    "221906": ("inputevents", "shock"), "221289": ("inputevents", "shock"), "221662": ("inputevents", "shock"),
+    "222315": ("inputevents", "shock"), "221749": ("inputevents", "shock"), "225158": ("inputevents", "none"),
+}  # fmt: skip
 
 
-def test_stays_notes_and_measurements(hospital):
-    stays = [(row["kind"], row["stay_id"], row["text_value"]) for row in events_of(hospital, "icustays")]
-    assert sorted(stays) == [("admission", 7, "MICU"), ("admission", 9, "CCU"), ("discharge", 7, "SICU")]
-    summary, nursing = sorted(events_of(hospital, "noteevents"), key=lambda row: row["code"])
-    assert (summary["code"], summary["time"]) == ("Note/Discharge summary", datetime(2150, 1, 15, 23, 59, 59))
-    assert summary["text_value"] == 'Sent home, "well".\nSecond line'
-    assert (nursing["time"], nursing["available_at"]) == (datetime(2150, 1, 11, 10), datetime(2150, 1, 11, 12))
-    (chart,) = events_of(hospital, "chartevents")
-    assert (chart["stay_id"], chart["code"], chart["numeric_value"]) == (7, "MIMIC_ITEM/211", 80.0)
-    labs = sorted(events_of(hospital, "labevents"), key=lambda row: row["code"])
-    assert [(row["visit_id"], row["numeric_value"], row["text_value"]) for row in labs] == [
-        (None, 19.0, None), (11, None, "POS"),
-    ]  # fmt: skip
+def unit_of_treatments() -> dict[str, str]:
+    """An adult a treatment, in a stay of four days with one heart rate; the treatment begins after 30 hours."""
+    ids = range(1, len(TREATMENTS) + 1)
+    tables = {
+        "patients": ["subject_id,gender,dob,dod,anchor_age,anchor_year"],
+        "admissions": [
+            "subject_id,hadm_id,admittime,dischtime,deathtime,admission_type,discharge_location,insurance,language,"
+            "marital_status,ethnicity,race,hospital_expire_flag"
+        ],
+        "diagnoses_icd": ["subject_id,hadm_id,seq_num,icd9_code,icd_code,icd_version", "1,10,1,4280,4280,9"],
+        "icustays": ["subject_id,hadm_id,icustay_id,intime,outtime"],
+        "chartevents": ["subject_id,hadm_id,icustay_id,itemid,charttime,value,valuenum"],
+        "procedureevents": ["subject_id,hadm_id,icustay_id,itemid,starttime,statusdescription,rate,rateuom"],
+        "inputevents": ["subject_id,hadm_id,icustay_id,itemid,starttime,statusdescription,rate,rateuom"],
+    }
+    tables["patients"] += [f"{i},F,2100-01-01,,50,2150" for i in ids]
+    tables["admissions"] += [f"{i},{i}0,2150-01-10,2150-01-20,,URGENT,HOME,Other,,,,,0" for i in ids]
+    tables["icustays"] += [f"{i},{i}0,{i}00,2150-01-11,2150-01-15" for i in ids]
+    tables["chartevents"] += [f"{i},{i}0,{i}00,220045,2150-01-11 03:00:00,80,80" for i in ids]
+    for i, (item, (table, _)) in zip(ids, TREATMENTS.items(), strict=True):
+        cells = "5,5" if table == "chartevents" else "FinishedRunning,,"
+        row = [f"{i},{i}0,{i}00", item, "2150-01-12 06:00:00", cells]
+        tables[table].append(",".join(row))
+    return {name: "\n".join([*lines, ""]) for name, lines in tables.items()}
+
+
+@pytest.mark.parametrize("function", [mimic3, mimic4])
+def test_each_item_of_the_tables_is_an_onset_of_its_task_and_of_no_other(engine, tmp_path, function):
+    tables = unit_of_treatments()
+    if function is mimic3:
+        tables = {f"{k}_mv" if k in ("procedureevents", "inputevents") else k: v for k, v in tables.items()}
+    else:
+        tables = {k: v.replace("icustay_id", "stay_id") for k, v in tables.items()}
+    source = function(engine, write_tables(tmp_path, tables), measurements=True)
+    records = assemble(pa.concat_tables([validate_events(e.events.to_pyarrow()) for e in source.extracts]))
+    for outcome in ("arf", "shock"):
+        truth = [of == outcome for _, of in TREATMENTS.values()]
+        labels, _ = get_task(f"{outcome}_onset_after_t12").label(records)
+        assert labels["boolean_value"].to_pylist() == truth
+        assert set(labels["prediction_time"].to_pylist()) == {datetime(2150, 1, 11, 12)}
+        # Asked after 48 hours, who had an onset in the first 30 is left out.
+        labels, excluded = get_task(f"{outcome}_onset_after_t48").label(records)
+        assert labels["boolean_value"].to_pylist() == [False] * truth.count(False)
+        assert excluded["onset_before"] == sum(truth)
 
 
 def test_measurements_are_read_on_demand_only(engine, tmp_path):
     source = mimic3(engine, write_tables(tmp_path, MIMIC3))
-    assert {"labevents", "chartevents"}.isdisjoint(extract.name for extract in source.extracts)
+    names = {extract.name for extract in source.extracts}
+    assert {"labevents", "chartevents", "procedureevents_mv", "inputevents_mv"}.isdisjoint(names)
 
 
 def test_missing_tables_are_an_error_or_a_warning(engine, tmp_path):
@@ -235,6 +281,23 @@ def test_the_counts_of_the_mimic_iii_demo(engine, real_data):
     assert source.warnings == ["NOTEEVENTS is empty: no notes."]
     ndc = [row for row in events_of(source, "prescriptions") if row["code"].startswith("NDC/")]
     assert len(ndc) / 10_398 == pytest.approx(0.86, abs=0.005)
+
+
+@pytest.mark.slow
+def test_the_treatments_of_the_mimic_iii_demo_are_of_its_stays(engine, real_data):
+    folder = real_data("mimic3_demo")
+    source = mimic3(engine, folder, measurements=True)
+    given = {}
+    for table in ("PROCEDUREEVENTS_MV", "INPUTEVENTS_MV"):
+        with gzip.open(folder / f"{table}.csv.gz", "rt") as stream:
+            rows = [row for row in csv.DictReader(stream) if row["cancelreason"] == "0"]
+        rows = [row for row in rows if row["statusdescription"] != "Rewritten"]
+        found = events_of(source, table.lower())
+        assert len(found) == len(rows)
+        assert {row["stay_id"] for row in found} == {int(row["icustay_id"]) for row in rows if row["icustay_id"]}
+        given |= Counter(row["code"] for row in found)
+    assert sum(given.get(code, 0) for code in RESPIRATORY_FAILURE_ITEMS) == 30
+    assert sum(given.get(code, 0) for code in SHOCK_ITEMS) == 551 - 121  # 121 rows of them were rewritten
 
 
 def test_the_counts_of_the_mimic_iv_demo(engine, real_data):

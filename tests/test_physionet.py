@@ -15,6 +15,7 @@ import pytest
 from hf_ehr.prepare import prepare
 from hf_ehr.records import assemble
 from hf_ehr.schema import EhrDataError, validate_events
+from hf_ehr.sources._measurements import measurement_events
 from hf_ehr.sources.engine import Engine, Source
 from hf_ehr.sources.physionet2012 import physionet2012
 from hf_ehr.sources.physionet2019 import LABS, VITALS, physionet2019
@@ -89,14 +90,18 @@ def named(events: pa.Table, **fields) -> list[dict]:
 # 2012
 
 
+def write_sets_of_2012(folder: Path) -> Path:
+    """Sets A and B with one of everything that can go wrong."""
+    write_records(folder, {1: RECORD_1, 2: RECORD_2, 3: RECORD_3, 4: RECORD_4, "README": "read me"})
+    (folder / "Outcomes-a.txt").write_text(OUTCOMES)
+    return write_records(
+        folder, {7: RECORD_1.replace("RecordID,1", "RecordID,7"), 2: RECORD_3 + "00:00,HR,1\n"}, "set-b"
+    )
+
+
 @pytest.fixture(scope="module")
 def source_2012(engine, tmp_path_factory) -> Source:
-    folder = write_records(
-        tmp_path_factory.mktemp("2012"), {1: RECORD_1, 2: RECORD_2, 3: RECORD_3, 4: RECORD_4, "README": "read me"}
-    )
-    (folder / "Outcomes-a.txt").write_text(OUTCOMES)
-    write_records(folder, {7: RECORD_1.replace("RecordID,1", "RecordID,7"), 2: RECORD_3 + "00:00,HR,1\n"}, "set-b")
-    return physionet2012(engine, folder)
+    return physionet2012(engine, write_sets_of_2012(tmp_path_factory.mktemp("2012")))
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +189,17 @@ def test_outcomes_end_visit_and_life_on_their_day(events_2012, source_2012):
     assert "Length_of_stay is unknown of 1 records: two days, the least." in source_2012.warnings
 
 
+def test_who_died_in_hospital_lived_for_the_two_days_that_every_record_lasts(engine, tmp_path):
+    folder = write_records(tmp_path, {number: RECORD_4.replace("9", str(number)) for number in (1, 2, 3)})
+    # Died on day 1, survived a stay of unknown length and died on day 1, died without a day.
+    outcomes = ["1,6,1,5,1,1", "2,6,1,-1,1,0", "3,6,1,1,-1,1"]
+    (folder / "Outcomes-a.txt").write_text("\n".join([OUTCOMES.partition("\n")[0], *outcomes, ""]))
+    source = physionet2012(engine, folder)
+    deaths = {row["subject_id"]: row["time"] - START for row in named(events_of(source), kind="death")}
+    assert deaths == {1: timedelta(days=3, seconds=-1), 3: timedelta(days=3, seconds=-1)}
+    assert [row[:4] for row in rejected_of(source)] == [("Outcomes-a.txt", 2, "Survival", "1")]
+
+
 def test_scores_are_facts_of_the_discharge_that_no_stay_holds(events_2012):
     scores = [row for row in events_2012.to_pylist() if row["code"] in ("CINC2012/SAPS-I", "CINC2012/SOFA")]
     assert {(row["subject_id"], row["numeric_value"]) for row in scores} == {(1, 6.0), (1, 1.0), (3, 9.0), (3, 2.0)}
@@ -245,6 +261,9 @@ def test_a_prepared_folder_of_records(tmp_path):
     )
     assert (info.summary["patients"], info.summary["visits"], info.time_axis) == (2, 2, "shifted")
     assert info.options == {"part": "a"}
+    # Counts of rejected rows name no record.
+    assert info.summary["rejected"]["set-a: `Time` must be HH:MM since the start of the stay"] == 2
+    assert {key.split(":")[0] for key in info.summary["rejected"]} == {"set-a"}
 
 
 # 2019
@@ -259,8 +278,8 @@ def psv(*rows: dict) -> str:
     return "\n".join([HEADER, *lines]) + "\n"
 
 
-@pytest.fixture(scope="module")
-def source_2019(engine, tmp_path_factory) -> Source:
+def write_sets_of_2019(folder: Path) -> Path:
+    """Sets A and B with one of everything that can go wrong."""
     late = [{"ICULOS": str(k), "SepsisLabel": str(int(k >= 5)), "HR": str(80 + k)} for k in range(1, 9)]
     early = [{"ICULOS": str(k), "SepsisLabel": "1"} for k in (1, 2)]
     unit = {"Unit1": "1", "Unit2": "0", "Gender": "0", "HospAdmTime": "NaN", "Age": "40"}
@@ -273,10 +292,13 @@ def source_2019(engine, tmp_path_factory) -> Source:
         unit | {"ICULOS": "3", "HR": "inf"},
         unit | {"ICULOS": "4", "HospAdmTime": "5"},
     ]
-    folder = tmp_path_factory.mktemp("2019")
     write_records(folder, {"p000001": psv(*late), "p000002": psv(*early)}, "training_setA")
-    write_records(folder, {"p100003": psv(*bad), "p100004": psv()}, "training_setB")
-    return physionet2019(engine, folder)
+    return write_records(folder, {"p100003": psv(*bad), "p100004": psv()}, "training_setB")
+
+
+@pytest.fixture(scope="module")
+def source_2019(engine, tmp_path_factory) -> Source:
+    return physionet2019(engine, write_sets_of_2019(tmp_path_factory.mktemp("2019")))
 
 
 @pytest.fixture(scope="module")
@@ -293,6 +315,14 @@ def test_sepsis_is_one_event_six_hours_after_the_label_begins(events_2019):
     # Labelled from the first row: the onset may have been any time until six hours later.
     assert (rows[2]["time"], rows[2]["available_at"]) == (START, START + 6 * hour)
     assert rows[2]["text_value"] == "onset unknown: labelled from the first row"
+
+
+def test_the_patients_of_the_hospital_of_mimic_are_counted(engine, source_2019, tmp_path):
+    assert source_2019.warnings == [
+        "2 patients are of set A, from the hospital of MIMIC: never train on one and test on the other."
+    ]
+    of_set_b = write_records(tmp_path, {"p100001": psv({"ICULOS": "1", "HR": "80.5"})}, "training_setB")
+    assert physionet2019(engine, of_set_b).warnings == []
 
 
 def test_nothing_before_the_onset_tells_of_the_label(events_2019):
@@ -348,6 +378,40 @@ def test_one_table_of_all_patients_gives_what_their_files_give(engine, tmp_path)
     pq.write_table(table.append_column("patient", pa.array([1, 1])), tmp_path / "one" / "patients.parquet")
     one = physionet2019(engine, tmp_path / "one")
     assert sorted(map(str, events_of(one).to_pylist())) == sorted(map(str, events_of(files).to_pylist()))
+
+
+# What a value can be
+
+
+def test_slips_of_the_unit_or_the_decimal_point_are_reported_and_what_can_be_stays(engine):
+    impossible = {
+        "Temp": "98.6",  # Fahrenheit
+        "temp": "3.66", "pH": "735", "ph": "0.74",
+        "FiO2": "40",  # percent, where it is a fraction
+        "fio2": "0.4",  # a fraction, where it is percent
+        "Height": "1.75",  # metres
+        "admissionheight": "1750", "Weight": "0.08", "SaO2": "104", "O2Sat": "-1", "GCS": "2", "HR": "800",
+        "Na": "14", "K": "42", "HCT": "0.4",  # a fraction, where it is percent
+        "Hgb": "130",  # g/L, where it is g/dL
+        "Glucose": "0", "SysABP": "1200", "MechVent": "2", "Urine": "-5", "Creatinine": "-0.1", "PaCO2": "400",
+        "PaO2": "0.9", "HospAdmTime": "0.1", "WBC": "1e39", "AST": "-1e999",
+    }  # fmt: skip
+    possible = {
+        "Temp": "45", "temp": "20", "pH": "6", "ph": "8.5", "FiO2": "0.2", "fio2": "100", "Height": "250",
+        "admissionheight": "50", "Weight": "1", "SaO2": "100", "O2Sat": "0", "GCS": "3", "HR": "0", "Na": "250",
+        "K": "0.5", "HCT": "80", "Hgb": "30", "Glucose": "3000", "SysABP": "350", "MechVent": "1", "Urine": "20000",
+        "Creatinine": "0", "PaCO2": "250", "PaO2": "800", "HospAdmTime": "0", "Platelets": "3e38", "BaseExcess": "-12",
+        "be": "-12", "cvp": "-3", "st1": "-0.5",
+    }  # fmt: skip
+    rows = [*impossible.items(), *possible.items()]
+    names, texts = zip(*rows, strict=True)
+    numbers = pa.array(range(len(rows)), pa.int64())
+    table = {"_file": ["made"] * len(rows), "_row": numbers, "subject_id": numbers, "visit_id": numbers}
+    table |= {"stay_id": numbers, "_time": [START] * len(rows), "_name": names, "_text": texts}
+    events, rejected = (engine.con.to_pyarrow(t) for t in measurement_events(ibis.memtable(pa.table(table)), "X"))
+    kept = {row["code"].removeprefix("X/"): row["numeric_value"] for row in events.to_pylist()}
+    assert kept == {name: pytest.approx(float(text)) for name, text in possible.items()}
+    assert {(row["column"], row["value"]) for row in rejected.to_pylist()} == set(impossible.items())
 
 
 # Real data

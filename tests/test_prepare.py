@@ -179,6 +179,18 @@ def test_a_preparation_killed_between_two_tables_resumes_to_the_same_folder(hosp
     assert contents(output) == contents(tmp_path / "calm")
 
 
+def test_the_synthetic_icu_world_becomes_a_whole_folder_with_its_truth(tmp_path):
+    info = prepare("synthetic_icu", None, tmp_path, shards=2, workers=1, progress=False, options={"patients": 12})
+    assert (info.summary["patients"], info.time_axis) == (12, "calendar")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "dataset.json", "events", "records", "rejected.parquet", "truth",
+    ]  # fmt: skip
+    truth = pa.concat_tables(map(pq.read_table, shard_paths(tmp_path, "truth")))
+    assert {"subject_id", "task", "prediction_time"} <= set(truth.column_names)
+    visits = pq.read_table(shard_paths(tmp_path, "records")[0])["visits"].to_pylist()
+    assert any(stay["measurements"] for row in visits for visit in row for stay in visit["stays"])
+
+
 def test_a_finished_folder_is_not_done_again(hospital, tmp_path):
     first = prepare(mimic3, hospital, tmp_path / "out", workers=1, progress=False)
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
@@ -254,8 +266,9 @@ def test_input_without_a_single_event_is_an_error(hospital, tmp_path):
         ("mimic3", None, None, "`input_dir` must be an existing folder, got None"),
         ("mimic3", "/nowhere", None, "`input_dir` must be an existing folder, got /nowhere"),
         ("synthetic", ".", None, "leave out `input_dir`"),
+        ("synthetic_icu", ".", None, "`synthetic_icu` reads nothing: leave out `input_dir`"),
         ("synthetic_text_codes", ".", None, "`synthetic_text_codes` reads nothing: leave out `input_dir`"),
-        ("mimic5", ".", None, "`source` must be one of synthetic, synthetic_text_codes, mimic3"),
+        ("mimic5", ".", None, "`source` must be one of synthetic, synthetic_icu, synthetic_text_codes, mimic3"),
         ("synthetic", None, 0, "`shards` must be at least 1, got 0"),
     ],
 )
@@ -283,6 +296,8 @@ def test_the_options_of_a_generated_world_are_checked_before_the_work(tmp_path):
     assert not (tmp_path / "out").exists()
     job = driver._plan("synthetic_text_codes", None, tmp_path, "duckdb", None, {"patients": 86_000})
     assert job["shards"] == 2
+    job = driver._plan("synthetic_icu", None, tmp_path, "duckdb", None, {"patients": 16_000})
+    assert job["shards"] == 3
 
 
 def test_every_named_source_has_a_function_of_its_name():

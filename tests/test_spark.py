@@ -13,11 +13,16 @@ import pytest
 from hf_ehr.prepare import prepare
 from hf_ehr.records import assemble, assemble_partition
 from hf_ehr.schema import EVENT_SCHEMA, RECORD_SCHEMA, EhrDataError, shard_paths
+from hf_ehr.sources.eicu import eicu
 from hf_ehr.sources.engine import Column, Engine, Source
 from hf_ehr.sources.mimic3 import mimic3
 from hf_ehr.sources.mimic4 import mimic4
+from hf_ehr.sources.physionet2012 import physionet2012
+from hf_ehr.sources.physionet2019 import physionet2019
 
 from .tables import MIMIC3, MIMIC4, write_tables
+from .test_eicu import write_unit
+from .test_physionet import write_sets_of_2012, write_sets_of_2019
 
 pytest.importorskip("pyspark", reason="the extra `spark` is not installed")
 pytestmark = pytest.mark.skipif(shutil.which("java") is None, reason="Spark needs Java, which is not installed")
@@ -60,6 +65,20 @@ def test_a_hospital_gives_the_same_events_and_rejected_rows(spark, duckdb, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("function", "write", "options"),
+    [(physionet2012, write_sets_of_2012, {}), (physionet2019, write_sets_of_2019, {}),
+     (eicu, write_unit, {"yaib": "grid"})],
+)  # fmt: skip
+def test_intensive_care_gives_the_same_events_and_rejected_rows(spark, duckdb, tmp_path, function, write, options):
+    folder = write(tmp_path)
+    ours, theirs = (function(engine, folder, **options) for engine in (duckdb, spark))
+    assert events_of(theirs) == events_of(ours)
+    assert rejected_of(theirs) == rejected_of(ours)
+    assert theirs.warnings == ours.warnings
+
+
+@pytest.mark.slow
 def test_the_mimic_iii_demo_gives_the_same_events(spark, duckdb, real_data):
     folder = real_data("mimic3_demo")
     assert events_of(mimic3(spark, folder)) == events_of(mimic3(duckdb, folder))
@@ -67,7 +86,8 @@ def test_the_mimic_iii_demo_gives_the_same_events(spark, duckdb, real_data):
 
 def test_texts_mean_the_same_values(spark, duckdb, tmp_path):
     texts = [
-        "1", "+1", "1.0", "1.5", "1e3", ".5", "inf", "NaN", "1d", "0x1", "1_0", "", " 7 ", "99999999999999999999",
+        "1", "+1", "1.0", "1.5", "1e3", ".5", "inf", "NaN", "1e39", "-1e999", "1d", "0x1", "1_0", "", " 7 ",
+        "99999999999999999999",
         "2020-01-31", "2020-1-5", "20200131", "20201301", "2020-02-30", "2020-01-31 10:00", "2020-01-31T10:00:05.25",
         "2020-01-31 10:00:00Z", "2020-01-31 10:00:00+02:00", "2020-01-31 10:00:00 +02", "2020-01-31 24:30:00",
         "31.01.2020", "now", "true", "2020",

@@ -8,7 +8,7 @@ import torch
 
 from hf_ehr.models.hourly_series import HourlySeries
 from hf_ehr.models.tokenization_ehr import EhrCodeTokenizer
-from hf_ehr.stay_collators import AdmissionCollator, CodeHiding, StayCollator
+from hf_ehr.stay_collators import AdmissionCollator, CodeHiding, StayCollator, VariableHiding
 
 STAYS = [
     {"stay_hours": 2, "feature_ids": [1, 3], "feature_counts": [2, 0], "demographics": [0.5, 1.0], "labels": 1},
@@ -110,3 +110,24 @@ def test_another_batch_hides_others_and_the_seed_decides_which():
     assert (first != second).any()
     assert (other(ids) != first).any()
     assert not first[:, DIAGNOSES.all_special_ids].any()
+
+
+def test_a_variable_is_hidden_with_all_its_features_and_about_as_often_as_asked():
+    variables = np.array([0, 0, 2, 1, 2, 2])
+    hidden = VariableHiding(variables, 0.3, seed=1)(20_000)
+    assert hidden.shape == (20_000, 6)
+    for first, second in ((0, 1), (2, 4), (4, 5)):
+        np.testing.assert_array_equal(hidden[:, first], hidden[:, second])
+    assert abs(np.corrcoef(hidden[:, 0], hidden[:, 3])[0, 1]) < 0.03  # each by itself
+    np.testing.assert_allclose(hidden.mean(axis=0), 0.3, atol=0.015)
+
+
+def test_batches_say_what_is_hidden_and_hide_anew_each_time():
+    collate = StayCollator(VariableHiding(np.arange(40), 0.5))
+    rows = [{"stay_hours": 1, "feature_ids": [3], "feature_counts": [1], "demographics": [1.0]}] * 8
+    first, second = collate(rows), collate(rows)
+    assert first["hidden_features"].dtype == torch.bool
+    assert not torch.equal(first["hidden_features"], second["hidden_features"])
+    assert "hidden_features" not in StayCollator()(rows)
+    with pytest.raises(ValueError, match="`probability` must lie between 0 and 1"):
+        VariableHiding(np.arange(2), 1.0)

@@ -87,6 +87,14 @@ def test_hours_are_reconstructed_better_than_by_their_mean(encoder):
     assert figures["reconstruction_loss"] < 0.7 * figures["mean_loss"]
 
 
+def test_hiding_the_only_variable_of_nearly_all_stays_leaves_little_to_learn_from(data, encoder, tmp_path):
+    options = replace(OPTIONS, hidden_variables=0.95)
+    hidden = pretrain_stays(data, options, settings(tmp_path, num_train_epochs=40))
+    seen = encoder[1]
+    assert hidden["mean_loss"] == seen["mean_loss"]
+    assert hidden["reconstruction_loss"] > 1.3 * seen["reconstruction_loss"]
+
+
 def test_a_classifier_ranks_test_stays_and_its_folder_is_enough(data, classifier):
     model = AutoModelForSequenceClassification.from_pretrained(classifier)
     extractor = AutoFeatureExtractor.from_pretrained(classifier)

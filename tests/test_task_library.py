@@ -399,7 +399,8 @@ def test_labels_of_many_patients_equal_those_of_each_alone():
         for s in starts:
             end = int(s) + int(rng.integers(0, 12))
             item = {"hour": float(rng.integers(1, 90)), "name": "MIMIC_ITEM/225792", "value": 1.0, "text": None}
-            stay = {"stay_id": int(s), "start": day(int(s)), "end": day(end), "measurements": [item]}
+            rate = {"hour": 0.5, "name": "MIMIC_ITEM/220045", "value": 80.0, "text": None}
+            stay = {"stay_id": int(s), "start": day(int(s)), "end": day(end), "measurements": [rate, item]}
             visits.append(
                 visit(int(s), end, diagnoses=list(rng.choice(codes, 2, replace=False)), stays=[stay],
                       medications=["ATC/A10BA02", "ATC/C03CA01"], kind=str(rng.choice(["inpatient", "outpatient"])))

@@ -398,6 +398,13 @@ class TestLabelDataset:
         flow = json.loads(label_dataset(spec, folder, progress=False).with_suffix(".json").read_text())
         assert flow["warnings"] == ["The prevalence 0.3333 lies outside the expected 0.9 to 1.0."]
 
+    def test_an_outcome_that_never_holds_is_reported(self, folder):
+        dialysis = Predicate(kind="procedure", codes=("ICD9Proc/39.95",))
+        spec = simple(predicates=simple().predicates | {"dialysis": dialysis}, outcome=Outcome("target", "dialysis"))
+        flow = json.loads(label_dataset(spec, folder, progress=False).with_suffix(".json").read_text())
+        (warning,) = flow["warnings"]
+        assert warning.startswith("No label is positive: `dialysis` may not be recorded")
+
     def test_data_without_intervals_are_refused(self, folder):
         DatasetInfo(source="uci", shards=2, time_axis="order").save(folder)
         with pytest.raises(EhrDataError, match=r"intervals are unknown.*label file that came with"):
@@ -409,6 +416,18 @@ class TestLabelDataset:
             windows={"input": Window(None, "trigger"), "target": Window("trigger", None, start_inclusive=False)}
         )
         assert read_labels(label_dataset(spec, folder, progress=False)).num_rows == 6
+
+    @pytest.mark.parametrize("task", ["readmission_30d", "copd_six_months_ahead", "diabetes_heart_failure"])
+    def test_tasks_that_compare_visits_are_refused_where_visits_have_no_dates(self, folder, task):
+        DatasetInfo(source="eicu", shards=2, time_axis="visit").save(folder)
+        with pytest.raises(EhrDataError, match=rf"`{task}` compares visits.*within a visit only.*icu_mortality_t48"):
+            label_dataset(task, folder, progress=False)
+        assert not (folder / "labels").exists()
+
+    def test_tasks_of_one_visit_are_asked_where_visits_have_no_dates(self, folder):
+        DatasetInfo(source="eicu", shards=2, time_axis="visit").save(folder)
+        labels = read_labels(label_dataset("prolonged_stay_at_admission", folder, progress=False))
+        assert labels.num_rows > 0
 
     def test_labels_that_came_with_the_source_have_no_definition(self, folder):
         label_dataset(simple(name="synthetic_outcome"), folder, progress=False)
@@ -425,6 +444,29 @@ class TestLabelDataset:
         with pytest.raises(EhrDataError, match="no candidate"):
             label_dataset(simple(predicates=predicates), folder, progress=False)
         assert list((folder / "labels").iterdir()) == []
+
+
+class TestComparingVisits:
+    @pytest.mark.parametrize(
+        "name",
+        ["icu_mortality_t48", "arf_onset_after_t12_gap6", "shock_onset_after_t4_within24", "prolonged_stay_at_48h"],
+    )
+    def test_tasks_within_a_visit_do_not(self, name):
+        assert not get_task(name).compares_visits
+
+    def test_outcomes_rules_and_the_moment_of_asking_can(self):
+        within = get_task("prolonged_stay_at_48h")
+        assert replace(within, outcome=replace(within.outcome, scope="patient")).compares_visits
+        rules = (*within.rules, Rule("seen_before", "input", "admission", max=1))
+        assert replace(within, rules=rules).compares_visits
+        assert replace(within, rules=(*within.rules, Rule("alone", "all", "admission", max=1)),
+                       windows={**within.windows, "all": Window(None, None)}).compares_visits is False  # fmt: skip
+        earlier = {**within.windows, "input": Window(None, "trigger - 12h")}
+        assert replace(within, windows=earlier).compares_visits
+        assert replace(within, predicates=within.predicates | {"death": Predicate(kind="death")},
+                       rules=(Rule("dead", "input", "death", max=0),)).compares_visits is False  # fmt: skip
+        # A death after the discharge may lie in another visit, whose distance is made up.
+        assert simple().compares_visits
 
 
 class TestReadLabels:

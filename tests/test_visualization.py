@@ -6,8 +6,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hf_ehr.decision_curves import THRESHOLDS, net_benefit_band
 from hf_ehr.intervals import Interval
-from hf_ehr.visualization import COLORS, calibration_plot, label_efficiency_curve, reliability, wilson_interval
+from hf_ehr.subgroups import FIGURES, Subgroup
+from hf_ehr.visualization import (
+    COLORS,
+    calibration_plot,
+    decision_curve,
+    label_efficiency_curve,
+    reliability,
+    subgroup_plot,
+    wilson_interval,
+)
 
 CURVES = {
     "Bag-of-codes LR": {300: Interval(0.6, 0.55, 0.65), 1000: Interval(0.68, 0.65, 0.71)},
@@ -109,6 +119,13 @@ def test_the_calibration_plot_draws_equal_mass_bins_with_intervals(tmp_path, fig
     assert {text.get_text() for text in upper.get_legend().get_texts()} == {"Perfect", "Med-BERT", "Prevalence"}
 
 
+def test_bins_without_positives_and_without_negatives_are_drawn(tmp_path):
+    for rows in (10, 44):  # where rounding puts an end of Wilson's interval beyond the rate
+        p = np.r_[np.linspace(0, 0.1, rows), np.linspace(0.9, 1, rows)]
+        calibration_plot({"Separated": ((p > 0.5).astype(int), p)}, tmp_path / f"{rows}.png", bins=2)
+        assert (tmp_path / f"{rows}.png").stat().st_size > 1000
+
+
 def test_reliability_of_four_rows_by_hand():
     mean, positives, rows = reliability([0, 1, 1, 1], [0.1, 0.3, 0.6, 0.8], 2)
     np.testing.assert_allclose(mean, [0.2, 0.7])
@@ -121,6 +138,48 @@ def test_wilson_interval_gives_the_published_numbers():
     low, high = wilson_interval(np.array([81, 15, 0, 1.0]), np.array([263, 148, 20, 29.0]))
     np.testing.assert_allclose(low, [0.2553, 0.0624, 0, 0.0061], atol=5e-5)
     np.testing.assert_allclose(high, [0.3662, 0.1605, 0.1611, 0.1718], atol=5e-5)
+
+
+def test_the_decision_curve_draws_net_benefit_beside_treating_all_and_none(tmp_path, figures):
+    y, p = drawn_predictions(500)
+    patients = np.arange(500) // 2
+    models = {"MedHMP": (y, p), "Prevalence": (y, np.full(500, y.mean()))}
+    decision_curve(models, tmp_path / "decisions.png", patients=patients, n_resamples=30)
+    (axes,) = figures[0].axes
+    lines = {line.get_label(): line for line in axes.lines}
+    assert set(lines) == {"Treat all", "Treat none", *models}
+    expected = net_benefit_band(y, p, patients, THRESHOLDS, n_resamples=30)
+    np.testing.assert_allclose(lines["MedHMP"].get_xdata(), 100 * THRESHOLDS)
+    np.testing.assert_allclose(lines["MedHMP"].get_ydata(), expected.value)
+    odds = THRESHOLDS / (1 - THRESHOLDS)
+    np.testing.assert_allclose(lines["Treat all"].get_ydata(), y.mean() - (1 - y.mean()) * odds)
+    assert set(lines["Treat none"].get_ydata()) == {0}
+    band = axes.collections[1].get_paths()[0].vertices[:, 1]
+    assert band.min() == pytest.approx(expected.low.min())
+    assert band.max() == pytest.approx(expected.high.max())
+    assert axes.get_legend().get_window_extent().x0 > axes.get_window_extent().x1
+    with pytest.raises(ValueError, match="`predictions` must hold at least one model"):
+        decision_curve({}, tmp_path / "none.png")
+
+
+def test_the_subgroup_plot_has_a_row_a_group_and_a_panel_a_figure(tmp_path, figures):
+    shown = {name: Interval(0.3, 0.2, 0.5) for name in FIGURES}
+    groups = [
+        Subgroup("all", "all", 1200, 99, shown),
+        Subgroup("sex", "F", 700, 60, shown | {"ppv": Interval(0.6, 0.5, 0.7)}),
+        Subgroup("sex", "M", 500, None, {}),
+    ]
+    subgroup_plot(groups, tmp_path / "groups.png")
+    panels = figures[0].axes
+    assert [axes.get_title() for axes in panels] == list(FIGURES.values())
+    names = [tick.get_text() for tick in panels[0].get_yticklabels()]
+    assert names == ["all (1,200)", "sex: F (700)", "sex: M (500, too few)"]
+    points = [(float(c[0].get_xdata()[0]), float(c[0].get_ydata()[0])) for c in panels[-1].containers]
+    assert points == [(0.3, 0), (0.6, 1)]
+    assert all(axes.get_ylim()[0] > axes.get_ylim()[1] for axes in panels)
+    with pytest.raises(ValueError, match="`groups` must hold at least one with figures"):
+        subgroup_plot(groups[2:], tmp_path / "none.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["groups.png"]
 
 
 def test_bad_predictions_leave_no_file(tmp_path):

@@ -72,6 +72,7 @@ from .models.modeling_medmplm import (
     MedMPLMModel,
 )
 from .models.modeling_visitrnn import VisitRnnForMedicationRecommendation, VisitRnnModel
+from .models.processing_medhmp import MedHMPProcessor
 from .models.processing_medmplm import MedMPLMProcessor
 from .models.tokenization_ehr import EhrCodeTokenizer
 from .pipelines import TASK as _ICD_CODING
@@ -114,6 +115,7 @@ AutoModelForSequenceClassification.register(EhrFusionConfig, EhrFusionForSequenc
 # As above: the checkpoint's `architectures` decide between the level of stays and that of admissions.
 AutoConfig.register("ehr_medhmp", MedHMPConfig, exist_ok=True)
 AutoFeatureExtractor.register(MedHMPConfig, HourlyFeatureExtractor, exist_ok=True)
+AutoProcessor.register(MedHMPConfig, MedHMPProcessor, exist_ok=True)
 AutoModel.register(MedHMPConfig, (MedHMPModel, MedHMPStayModel), exist_ok=True)
 AutoModelForPreTraining.register(
     MedHMPConfig, (MedHMPForAdmissionPreTraining, MedHMPForStayPreTraining), exist_ok=True
@@ -205,6 +207,7 @@ __all__ = [
     "MedHMPForStayClassification",
     "MedHMPForStayPreTraining",
     "MedHMPModel",
+    "MedHMPProcessor",
     "MedHMPStayModel",
     "MedMPLMConfig",
     "MedMPLMForICDCoding",

@@ -124,10 +124,13 @@ def _cut(table: pa.Table, windows: pl.DataFrame | None, n_hours: int) -> StayWin
     broken = ~(hour >= 0)
     kept = np.flatnonzero(inside | broken)
     since = np.where(broken, -1.0, hour.astype(np.float64) - start[window])
+    # A stay without an end, of which no time is asked, is known until its last measurement.
+    open_end = np.isinf(duration) & (windows is None)
+    length = np.where(open_end, 0, np.minimum(end, duration) - start)
     columns = ("subject_id", "visit_id", "stay_id", "start_hour", "end_hour")
     return StayWindows(
         table=stays.select(columns).to_arrow(),
-        stay_hours=_hours(window[inside], since[inside], np.minimum(end, duration) - start),
+        stay_hours=_hours(window[inside], since[inside], length),
         fields=_fields(table, stays),
         window=window[kept],
         hour=since[kept],

@@ -25,18 +25,13 @@ IGNORED = -100
 Masking = Callable[[FlatBatch], tuple[FlatBatch, np.ndarray]]
 
 
-class _Masking:
-    """What the objectives share: which ids are codes, and a random generator of their own."""
+class Hiding:
+    """What the objectives share that hide things at random: with which probability, and a generator of their own."""
 
-    def __init__(self, tokenizer: Any, probability: float, seed: int):
+    def __init__(self, probability: float, seed: int):
         if not 0 < probability < 1:
             raise ValueError(f"`probability` must lie between 0 and 1, got {probability}.")
         self.probability, self.seed = probability, seed
-        self.is_code = np.ones(len(tokenizer), bool)
-        self.is_code[tokenizer.all_special_ids] = False
-        self.codes = np.flatnonzero(self.is_code)
-        if not len(self.codes):
-            raise ValueError("`tokenizer` must know at least one code, got special tokens only. Fit it on records.")
         self._source: tuple[int, ...] | None = None
         self._generator = np.random.Generator(np.random.PCG64DXSM())
 
@@ -52,7 +47,19 @@ class _Masking:
         return self._generator
 
 
-class CodeMasking(_Masking):
+class ObjectiveMasking(Hiding):
+    """Hiding of codes: which ids are codes."""
+
+    def __init__(self, tokenizer: Any, probability: float, seed: int):
+        super().__init__(probability, seed)
+        self.is_code = np.ones(len(tokenizer), bool)
+        self.is_code[tokenizer.all_special_ids] = False
+        self.codes = np.flatnonzero(self.is_code)
+        if not len(self.codes):
+            raise ValueError("`tokenizer` must know at least one code, got special tokens only. Fit it on records.")
+
+
+class CodeMasking(ObjectiveMasking):
     """The masked-code objective: chosen codes become ``[MASK]`` (80 %), a random code (10 %) or stay (10 %).
 
     Special tokens are never chosen and never put in. Every batch has at least one target as long as it has a code.
@@ -118,7 +125,7 @@ class CodeMasking(_Masking):
         return chosen, generator.random(len(chosen))
 
 
-class SetMasking(_Masking):
+class SetMasking(ObjectiveMasking):
     """The masked-set objective: part of a patient's distinct codes is taken out without a trace, then predicted.
 
     A code goes with all its occurrences, otherwise the visible ones would tell. A patient of at least two distinct
@@ -150,7 +157,7 @@ class SetMasking(_Masking):
         streams = {name: values[keep] for name, values in batch.streams.items()}
         offsets = total_before(np.bincount(patient[keep], minlength=patients))
         count = np.bincount(owner[hidden], minlength=patients)
-        targets = _rectangle(code[hidden], count, IGNORED, max(count.max(), 1))
+        targets = rectangle(code[hidden], count, IGNORED, max(count.max(), 1))
         return replace(batch, streams=streams, offsets=offsets), targets
 
     def _hidden(self, owner: np.ndarray, patients: int, generator: np.random.Generator) -> np.ndarray:
@@ -196,11 +203,11 @@ class PaddedCollator:
             width = -(-width // self.pad_to_multiple_of) * self.pad_to_multiple_of
         for name, values in batch.streams.items():
             padding = self.pad_id if name == "input_ids" else 0
-            targets[name] = torch.from_numpy(_rectangle(values, batch.lengths, padding, width))
+            targets[name] = torch.from_numpy(rectangle(values, batch.lengths, padding, width))
         ones = np.ones(len(batch.streams["input_ids"]), np.int64)
-        targets["attention_mask"] = torch.from_numpy(_rectangle(ones, batch.lengths, 0, width))
+        targets["attention_mask"] = torch.from_numpy(rectangle(ones, batch.lengths, 0, width))
         if codes is not None:
-            codes = codes if codes.ndim == 2 else _rectangle(codes, batch.lengths, IGNORED, width)
+            codes = codes if codes.ndim == 2 else rectangle(codes, batch.lengths, IGNORED, width)
             targets["labels"] = torch.from_numpy(codes)
         return targets
 
@@ -275,8 +282,8 @@ def _one_of_each(eligible: np.ndarray, offsets: np.ndarray, generator: np.random
     return places[picks[counts > 0]]
 
 
-def _rectangle(values: np.ndarray, lengths: np.ndarray, padding: int, width: int) -> np.ndarray:
+def rectangle(values: np.ndarray, lengths: np.ndarray, padding: int, width: int) -> np.ndarray:
     """Ragged (total,) to (rows, width) int64, padded on the right."""
-    rectangle = np.full((len(lengths), width), padding, np.int64)
-    rectangle[np.arange(width) < lengths[:, None]] = values
-    return rectangle
+    rows = np.full((len(lengths), width), padding, np.int64)
+    rows[np.arange(width) < lengths[:, None]] = values
+    return rows

@@ -33,7 +33,7 @@ from ._histories import (
     record_batches,
     total_before,
 )
-from .schema import CODE_KINDS, EhrDataError, shard_paths, validate_labels
+from .schema import CODE_KINDS, DatasetInfo, EhrDataError, shard_paths, validate_labels
 
 if TYPE_CHECKING:
     import datasets
@@ -134,12 +134,20 @@ def build_examples(
         (:func:`prolonged_stay`).
 
     Raises:
-        EhrDataError: The labels mix value columns, a class is not among ``label_names``, or no example is left.
+        EhrDataError: The labels mix value columns, a class is not among ``label_names``, the tokenizer has ``days``
+            and the folder knows no time between visits, or no example is left.
         ValueError: An option has no meaning for these labels.
     """
     unknown = set(kinds) - set(CODE_KINDS)
     if unknown or not kinds:
         raise ValueError(f"`kinds` must name code lists out of {CODE_KINDS}, got {tuple(kinds)}.")
+    axis = DatasetInfo.load(records).time_axis if tokenizer.days and not isinstance(records, pa.Table) else None
+    if axis in ("order", "visit"):
+        raise EhrDataError(
+            f"`tokenizer` must have `days=False` for {records}, got True: time between its visits is not known "
+            f"(time_axis: {axis}), and days between them would be made up. Fit a tokenizer without days, and take a "
+            "model that reads none (all but HiTANet)."
+        )
     kept = None if subject_ids is None else np.unique(np.asarray(subject_ids, np.int64))
     builder = _Builder(
         tokenizer,

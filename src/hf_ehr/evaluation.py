@@ -68,7 +68,12 @@ class EvaluateArguments:
 
     model: str = field(metadata={"help": "Folder that `hf-ehr finetune` wrote."})
     output: str = field(metadata={"help": "Folder for the table, the figures and the card."})
-    data: str | None = field(default=None, metadata={"help": "Prepared folder; the one of fine-tuning when left out."})
+    data: str | None = field(
+        default=None,
+        metadata={
+            "help": "Prepared folder; that of fine-tuning if left out. Another is an external test of a MedHMP."
+        },
+    )
 
 
 @dataclass
@@ -100,10 +105,7 @@ def evaluate(arguments: EvaluateArguments) -> Path:
         EhrDataError: The folder was not written by `hf-ehr finetune`.
         LeakageError: A test patient was in an earlier training stage.
     """
-    path = Path(arguments.model) / FINETUNE_FILE
-    if not path.is_file():
-        raise EhrDataError(f"{path} is missing. `model` must be a folder that `hf-ehr finetune` wrote.")
-    made = json.loads(path.read_text())
+    made = written_by_finetune(arguments.model)
     data = arguments_from(DataArguments, made["data"])
     data = data if arguments.data is None else replace(data, data=arguments.data)
     options = arguments_from(FinetuneArguments, made["options"])
@@ -119,6 +121,18 @@ def evaluate(arguments: EvaluateArguments) -> Path:
     )
     write_card(Path(arguments.model), task, table, notes)
     return table
+
+
+def written_by_finetune(folder: str | Path) -> dict[str, Any]:
+    """What `hf-ehr finetune` wrote of how a classifier was made: its `data`, `options` and `training`.
+
+    Raises:
+        EhrDataError: The folder was not written by it.
+    """
+    path = Path(folder) / FINETUNE_FILE
+    if not path.is_file():
+        raise EhrDataError(f"{path} is missing. `model` must be a folder that `hf-ehr finetune` wrote.")
+    return json.loads(path.read_text())
 
 
 def compare(
@@ -161,17 +175,35 @@ def write_results(comparison: Comparison, output: Path, title: str, notes: list[
     return next(path for path in paths if path.suffix == ".md")
 
 
-def write_card(folder: Path, task: str, table: Path, notes: list[str]) -> None:
-    """Writes the model card `README.md` of a classifier: what it is for, what it is not, and its figures."""
+def write_card(
+    folder: Path,
+    task: str,
+    table: Path,
+    notes: list[str],
+    *,
+    template: str = CARD,
+    model: str = REFERENCE,
+    **fields: str,
+) -> None:
+    """Writes the model card `README.md` of a classifier: what it is for, what it is not, and its figures.
+
+    Args:
+        folder: Of the classifier.
+        task: What it predicts.
+        table: Markdown with its figures.
+        notes: What a reader must know to read them.
+        template: Of the card, with places for `meta`, `task`, `table`, `notes` and the `fields`.
+        model: Name of the architecture.
+        **fields: Further places of the template.
+    """
     from huggingface_hub import ModelCard, ModelCardData
 
     meta = ModelCardData(
         library_name="transformers", license="apache-2.0", pipeline_tag="text-classification",
-        tags=["ehr", "med-bert", "transformers-ehr"], model_name=f"Med-BERT, {task}",
+        tags=["ehr", model.lower(), "transformers-ehr"], model_name=f"{model}, {task}",
     )  # fmt: skip
-    text = CARD.format(
-        meta=meta.to_yaml(), task=task, table=table.read_text(), notes="\n".join(f"- {n}" for n in notes)
-    )
+    figures = {"table": table.read_text(), "notes": "\n".join(f"- {note}" for note in notes)}
+    text = template.format(meta=meta.to_yaml(), task=task, **figures, **fields)
     with atomic_path(folder / "README.md") as temporary:
         ModelCard(text).save(temporary)
 

@@ -56,7 +56,8 @@ def hourly_examples(
 
     Returns:
         One row per window whose stay is in the records, in the order of ``windows`` within a shard. A window has as
-        many hours as the stay lasts within it, the last one begun included; a stay without hours has empty lists.
+        many hours as the stay lasts within it (without an end: until its last measurement), the last one begun
+        included; a stay without hours has empty lists.
 
     Raises:
         EhrDataError: `windows` has no ``stay_id``, or a window ends before it starts.

@@ -206,6 +206,27 @@ def cohen_kappa_at(y: ArrayLike, p: ArrayLike, threshold: float, sample_weight: 
     return ((tp + tn) / n - chance) / (1 - chance) if chance < 1 else float("nan")
 
 
+def event1(y: ArrayLike, p: ArrayLike, threshold: float, sample_weight: ArrayLike | None = None) -> float:
+    """Event 1 of the PhysioNet/CinC Challenge 2012 (Silva et al. 2012): min(sensitivity, positive predictivity).
+
+    0 where nothing is predicted, NaN without positives.
+    """
+    tp, fp, fn, _ = confusion_at(y, p, threshold, sample_weight)
+    return tp / (tp + max(fp, fn)) if tp + fn else float("nan")
+
+
+def net_benefit(y: ArrayLike, p: ArrayLike, threshold: float, sample_weight: ArrayLike | None = None) -> float:
+    """Net benefit of acting on ``p >= threshold``: TP/n − FP/n · t/(1 − t) (Vickers & Elkin 2006).
+
+    Raises:
+        ValueError: As ``auroc``, or the threshold does not lie in (0, 1).
+    """
+    if not 0 < threshold < 1:
+        raise ValueError(f"`threshold` must be in (0, 1), got {threshold}.")
+    tp, fp, fn, tn = confusion_at(y, p, threshold, sample_weight)
+    return (tp - fp * threshold / (1 - threshold)) / (tp + fp + fn + tn)
+
+
 def binary_metrics(y: ArrayLike, p: ArrayLike, *, threshold: float | None = None) -> dict[str, float]:
     """All binary metrics of one set of predictions.
 

@@ -42,6 +42,7 @@ OUTPUTS = ("events", "records", "truth", "labels")
 
 SourceName = Literal[
     "synthetic",
+    "synthetic_icu",
     "synthetic_text_codes",
     "mimic3",
     "mimic4",

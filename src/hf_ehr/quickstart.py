@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import cast, get_args
 
 import numpy as np
 import pyarrow.compute as pc
@@ -45,7 +45,10 @@ class QuickstartArguments:
     """Arguments of `hf-ehr quickstart`."""
 
     output: str = field(default="quickstart-output", metadata={"help": "Folder for everything that is made."})
-    source: str = field(default="synthetic", metadata={"help": "synthetic, mimic3, mimic4, omop, meds or table."})
+    source: str = field(
+        default="synthetic",
+        metadata={"help": f"One of {', '.join(get_args(SourceName))}; one with codes, which the challenges lack."},
+    )
     input: str | None = field(default=None, metadata={"help": "Folder of the raw tables; not for `synthetic`."})
     options: str = field(default="{}", metadata={"help": "The source's own options as JSON."})
     task: str | None = field(default=None, metadata={"help": "Task; synthetic_outcome or readmission_30d by default."})

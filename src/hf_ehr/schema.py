@@ -137,7 +137,8 @@ class DatasetInfo:
         options: The options it was read with.
         shards: Number of shards, ``subject_id % shards`` decides where a patient lives.
         time_axis: ``calendar`` (true dates), ``shifted`` (dates moved per patient: no calendar comparison between
-            patients, rule L12) or ``order`` (only the order of visits is known: intervals are meaningless).
+            patients, rule L12), ``visit`` (true within a visit only: the distance of a patient's visits is made up,
+            and so may be their order) or ``order`` (only the order of visits is known: intervals are meaningless).
         summary: Patients, visits, events and codes, date range, rejected rows by reason.
         warnings: What a reader of the data should know, e.g. a table the source did without.
     """

@@ -7,18 +7,22 @@ admission rows ─▶ AdmissionCollator  the same of all their stays, stay_admis
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from .collators import _Masking, _rectangle
+from .collators import Hiding, ObjectiveMasking, rectangle
 
 HOURLY = ("feature_ids", "feature_counts")
 CODES = {"diagnosis": "diagnosis_ids", "medication": "medication_ids"}
 
 
-class CodeHiding(_Masking):
+class _Padding(NamedTuple):
+    pad_token_id: int
+
+
+class CodeHiding(ObjectiveMasking):
     """Which codes of a set are hidden: each by itself, special tokens never (MedHMP, Eq. 8).
 
     Args:
@@ -30,9 +34,39 @@ class CodeHiding(_Masking):
         ValueError: The probability is out of range, or the tokenizer knows no code.
     """
 
-    def __call__(self, ids: np.ndarray) -> np.ndarray:
-        """(admissions, codes) int64, padded → bool of the same shape, True where hidden."""
-        return (self.generator(None).random(ids.shape, np.float32) < self.probability) & self.is_code[ids]
+    def __call__(self, ids: np.ndarray, generator: np.random.Generator | None = None) -> np.ndarray:
+        """(admissions, codes) int64, padded → bool of the same shape, True where hidden; its own draws by default."""
+        generator = self.generator(None) if generator is None else generator
+        return (generator.random(ids.shape, np.float32) < self.probability) & self.is_code[ids]
+
+
+def code_hiding(tokenizers: Mapping[str, Any], probability: float, seed: int) -> dict[str, CodeHiding]:
+    """One for each kind of code, by the names in :data:`CODES`; each draws its own."""
+    return {name: CodeHiding(tokenizers[name], probability, seed + place) for place, name in enumerate(CODES)}
+
+
+class VariableHiding(Hiding):
+    """Which variables of a stay the encoder does not see: each by itself, with all its features and over all hours.
+
+    The paper hides nothing in its first stage. What is hidden must be told from the other variables, not copied.
+
+    Args:
+        variables: (features,) number of the variable that each feature is of (`HourlyRecipe.variables`, kept ones).
+        probability: Share of the variables that are hidden.
+        seed: Seed of the choices.
+
+    Raises:
+        ValueError: The probability is out of range.
+    """
+
+    def __init__(self, variables: np.ndarray, probability: float, seed: int = 0):
+        super().__init__(probability, seed)
+        self.variables = variables
+
+    def __call__(self, stays: int) -> np.ndarray:
+        """(stays, features) bool, True where hidden."""
+        shape = (stays, int(self.variables.max(initial=-1)) + 1)
+        return (self.generator(None).random(shape, np.float32) < self.probability)[:, self.variables]
 
 
 class StayCollator:
@@ -40,7 +74,13 @@ class StayCollator:
 
     A row holds ``stay_hours`` (an int), ``feature_ids`` and ``feature_counts`` (lists), ``demographics`` and, in
     continuous form, ``feature_values``; see :class:`hf_ehr.models.hourly_series.HourlySeries` for their meaning.
+
+    Args:
+        hiding: Adds ``hidden_features`` (stays, features) bool, for pre-training; None hides nothing.
     """
+
+    def __init__(self, hiding: VariableHiding | None = None):
+        self.hiding = hiding
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Rows of lists or numpy arrays to a batch.
@@ -56,6 +96,8 @@ class StayCollator:
         """
         batch = _labels(rows) | _series(rows)
         batch["demographics"] = torch.from_numpy(np.stack(_column(rows, "demographics", np.float32)))
+        if self.hiding is not None:
+            batch["hidden_features"] = torch.from_numpy(self.hiding(len(rows)))
         return batch
 
 
@@ -88,12 +130,14 @@ class AdmissionCollator:
         self.padding = {name: tokenizer.pad_token_id for name, tokenizer in tokenizers.items()}
         self.num_demographics = num_demographics
         self.note_padding = None if note_tokenizer is None else note_tokenizer.pad_token_id
-        self.hiding = None
-        if probability is not None:
-            self.hiding = {
-                name: CodeHiding(tokenizer, probability, seed + place)
-                for place, (name, tokenizer) in enumerate(tokenizers.items())
-            }
+        self.hiding = None if probability is None else code_hiding(tokenizers, probability, seed)
+
+    @classmethod
+    def for_model(cls, config: Any, columns: Sequence[str]) -> AdmissionCollator:
+        """A collator that pads as a model's configuration says, for rows of these columns; no code is hidden."""
+        codes = (_Padding(config.diagnosis_pad_token_id), _Padding(config.medication_pad_token_id))
+        notes = _Padding(getattr(config.note_config, "pad_token_id", None) or 0)
+        return cls(*codes, config.num_demographics, notes if "note_input_ids" in columns else None)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Rows of lists or numpy arrays to a batch.
@@ -117,7 +161,7 @@ class AdmissionCollator:
         flat = np.concatenate(_column(rows, "demographics", np.float32))
         batch["demographics"] = torch.from_numpy(flat.reshape(stays.sum(), self.num_demographics))
         if self.note_padding is not None:
-            batch |= _tokens(_column(rows, "note_input_ids"), self.note_padding)
+            batch |= padded_notes(_column(rows, "note_input_ids"), self.note_padding)
         elif "note_vector" in rows[0]:
             batch |= _vectors(_column(rows, "note_vector", np.float32))
         return batch
@@ -151,17 +195,18 @@ def _labels(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
     return {"labels": torch.from_numpy(labels.astype(np.int64 if labels.ndim == 1 else np.float32))}
 
 
-def _tokens(lists: list[np.ndarray], padding: int) -> dict[str, torch.Tensor]:
+def padded_notes(lists: Sequence[Sequence[int] | np.ndarray], padding: int) -> dict[str, torch.Tensor]:
+    """Token ids of notes → ``note_input_ids`` and ``note_attention_mask``, both (notes, longest)."""
     padded = _padded_rows(lists, padding)
     there = np.arange(padded.shape[1]) < np.array([len(row) for row in lists])[:, None]
     mask = torch.from_numpy(there.astype(np.int64))
     return {"note_input_ids": torch.from_numpy(padded), "note_attention_mask": mask}
 
 
-def _padded_rows(lists: list[np.ndarray], padding: int) -> np.ndarray:
+def _padded_rows(lists: Sequence[Sequence[int] | np.ndarray], padding: int) -> np.ndarray:
     """(rows, longest) int64, at least one wide."""
     lengths = np.array([len(row) for row in lists])
-    return _rectangle(np.concatenate(lists), lengths, padding, max(int(lengths.max()), 1))
+    return rectangle(np.concatenate(lists), lengths, padding, max(int(lengths.max()), 1))
 
 
 def _vectors(vectors: list[np.ndarray]) -> dict[str, torch.Tensor]:

@@ -245,17 +245,9 @@ def _plan(
     old: EhrCodeTokenizer, new: EhrCodeTokenizer, counts: Mapping[str, int] | None
 ) -> tuple[np.ndarray, TransferReport]:
     """The old id that each new id takes its row from, -1 for none, (new,) int64, and the report of it."""
-    tokens = new.convert_ids_to_tokens(list(range(len(new))))
-    source = old.codes_to_ids(tokens).astype(np.int64)  # with back-off to ancestors
-    source[np.isin(source, old.all_special_ids)] = -1
-    source[new.all_special_ids] = -1
-    report = _report(new, np.isin(tokens, list(old.get_vocab())), source >= 0, counts)
-    # Med-BERT's own vocabulary has one id for padding and mask. The mask comes last: its row is the one that is read.
-    for role in SPECIAL_TOKENS:
-        ids = [getattr(tokenizer, f"{role}_id") for tokenizer in (old, new)]
-        if None not in ids:
-            source[ids[1]] = ids[0]
-    return source, report
+    source = new.ids_in(old)
+    own = np.isin(new.convert_ids_to_tokens(list(range(len(new)))), list(old.get_vocab()))
+    return source, _report(new, own, source >= 0, counts)
 
 
 def _report(

@@ -1,8 +1,8 @@
-"""Figures of an evaluation: label efficiency and calibration, as PNG files without a display."""
+"""Figures of an evaluation (label efficiency, calibration, decisions, subgroups) as PNG files without a display."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,8 +11,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from hf_ehr._scores import Array, check_scores, equal_mass_bins
+from hf_ehr.decision_curves import THRESHOLDS, Band, net_benefit_band
 from hf_ehr.intervals import Interval
 from hf_ehr.schema import atomic_path
+from hf_ehr.subgroups import FIGURES, Subgroup
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -167,6 +169,82 @@ def calibration_plot(
         _legend_beside(upper)
 
 
+def decision_curve(
+    predictions: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    path: str | Path,
+    *,
+    patients: ArrayLike | None = None,
+    thresholds: ArrayLike = THRESHOLDS,
+    n_resamples: int = 1000,
+    title: str = "Decision curve",
+) -> None:
+    """Draws net benefit against the risk from which on one would act, beside treating everybody and nobody.
+
+    Args:
+        predictions: Model → (labels 0/1 ``(n,)``, probabilities ``(n,)``), of the same rows; a calibrated model only
+            says at a threshold what it should.
+        path: The PNG to write.
+        patients: Patient of each row, for the bands (95 %, pointwise); rows are resampled without.
+        thresholds: Where to look.
+        n_resamples: Bootstrap resamples of the bands.
+        title: Above the plot.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: There is nothing to draw, or as ``decision_curves.net_benefit_band``.
+    """
+    if not predictions:
+        raise ValueError("`predictions` must hold at least one model, got none.")
+    labels = np.asarray(next(iter(predictions.values()))[0])
+    ids = np.arange(len(labels)) if patients is None else np.asarray(patients)
+    curves = {"Treat all": (labels, np.ones(len(labels)))} | dict(predictions)
+    bands = {name: net_benefit_band(y, p, ids, thresholds, n_resamples=n_resamples) for name, (y, p) in curves.items()}
+    everybody = bands.pop("Treat all")
+    with _figure(path, (8.0, 4.5)) as figure:
+        axes, x = figure.subplots(), 100 * np.asarray(thresholds, np.float64)
+        axes.plot(x, everybody.value, color="0.5", linestyle="--", linewidth=1.2, label="Treat all")
+        axes.fill_between(x, everybody.low, everybody.high, color="0.5", alpha=0.12, linewidth=0)
+        axes.axhline(0, color="0.3", linestyle=":", linewidth=1.2, label="Treat none")
+        for index, (name, band) in enumerate(bands.items()):
+            _draw_band(axes, name, x, band, index)
+        top = max(float(band.high.max()) for band in [*bands.values(), everybody])
+        axes.set(xlim=(x[0], x[-1]), ylim=(-0.25 * top, 1.05 * top), xlabel="Risk from which on one would act (%)")
+        axes.set(ylabel="Net benefit (true positives per row)", title=title)
+        _decorate(axes)
+        _legend_beside(axes)
+
+
+def subgroup_plot(groups: Sequence[Subgroup], path: str | Path, *, title: str = "Subgroups") -> None:
+    """Draws the figures of every group as points with intervals; a dashed line marks the whole test set.
+
+    Args:
+        groups: Of ``subgroups.subgroups``; one without figures has its name and its number of rows only.
+        path: The PNG to write.
+        title: Above the plot.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: No group has figures.
+    """
+    if not any(group.figures for group in groups):
+        raise ValueError("`groups` must hold at least one with figures, got none. Test on more stays.")
+    with _figure(path, (2.5 + 2.1 * len(FIGURES), 1.2 + 0.32 * len(groups))) as figure:
+        panels = figure.subplots(1, len(FIGURES), sharey=True)
+        for axes, (name, heading) in zip(panels, FIGURES.items(), strict=True):
+            for place, group in enumerate(groups):
+                if group.figures:
+                    _draw_interval(axes, group.figures[name], place)
+                    if group.field == "all":
+                        axes.axvline(group.figures[name].value, color="0.5", linestyle="--", linewidth=1, zorder=1)
+            axes.set_title(heading, fontsize=9)
+            _decorate(axes)
+        labels = [f"{group.title} ({group.n:,}{'' if group.figures else ', too few'})" for group in groups]
+        panels[0].set_yticks(range(len(groups)), labels)
+        panels[0].set_ylim(len(groups) - 0.5, -0.5)
+        figure.suptitle(title)
+        figure.tight_layout()
+
+
 def reliability(y: ArrayLike, p: ArrayLike, bins: int) -> tuple[Array, Array, Array]:
     """Mean prediction, positives and rows of each equal-mass bin that is not empty, ``(bins used,)`` each."""
     labels, scores, weight = check_scores(y, p, None, probability=True)
@@ -197,6 +275,12 @@ def _draw_curve(axes: Axes, name: str, curve: Mapping[int, Interval], index: int
     )  # fmt: skip
 
 
+def _draw_band(axes: Axes, name: str, x: Array, band: Band, index: int) -> None:
+    color = COLORS[index % len(COLORS)]
+    axes.plot(x, band.value, color=color, linewidth=1.8, label=name, zorder=3)
+    axes.fill_between(x, band.low, band.high, color=color, alpha=0.15, linewidth=0)
+
+
 def _draw_interval(axes: Axes, figure: Interval, place: int) -> None:
     ends = [[max(figure.value - figure.low, 0)], [max(figure.high - figure.value, 0)]]
     axes.errorbar([figure.value], [place], xerr=ends, color=COLORS[0], marker="o", markersize=5, capsize=3)
@@ -209,7 +293,7 @@ def _draw_reliability(axes: Axes, name: str, y: Array, p: Array, bins: int, inde
     low, high = wilson_interval(positives, rows)
     color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
     axes.errorbar(
-        mean, rate, [rate - low, high - rate], label=name, color=color, marker=marker,
+        mean, rate, np.maximum([rate - low, high - rate], 0), label=name, color=color, marker=marker,
         markersize=5, linewidth=1.4, elinewidth=1.1, capsize=3, zorder=2,
     )  # fmt: skip
     return float(max(high.max(), mean.max(), np.quantile(p, 0.995)))

@@ -355,7 +355,7 @@ class FamilySuite:
         plan = [[str(head), head.auto_class.__name__, head.output] for head in self.heads]
         code = REMOTE_CHECK.format(root=str(tmp_path), plan=json.dumps(plan))
         result = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=240
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=600
         )
         assert result.returncode == 0, result.stderr[-2000:]
         assert result.stdout.strip().endswith("loaded " + str(len(self.heads)))

@@ -346,8 +346,8 @@ def test_a_folder_of_an_encoder_opens_with_its_weights(tmp_path):
     model = EhrFusionForSequenceClassification.from_note_encoder(tmp_path, **fields)
     assert model.config.note_size == 16
     for name, weight in bert.named_parameters():
-        assert torch.equal(model.model.note.encoder.get_parameter(name), weight)
-        assert not model.model.note.encoder.get_parameter(name).requires_grad
+        assert torch.equal(model.model.note_encoder.get_parameter(name), weight)
+        assert not model.model.note_encoder.get_parameter(name).requires_grad
 
 
 def test_a_frozen_text_encoder_stays_frozen_through_files_and_without_dropout(tmp_path):
@@ -357,8 +357,7 @@ def test_a_frozen_text_encoder_stays_frozen_through_files_and_without_dropout(tm
     loaded, batch = EhrFusionForSequenceClassification.from_pretrained(tmp_path).train(), texts()
     assert torch.equal(loaded(**batch).logits, loaded(**batch).logits)
     loaded(**batch, labels=LABELS).loss.backward()
-    assert all((p.grad is None) == (".encoder.embeddings." in n or ".encoder.encoder." in n or ".pooler." in n)
-               for n, p in loaded.named_parameters())  # fmt: skip
+    assert all((p.grad is None) == ("note_encoder." in n) for n, p in loaded.named_parameters())
     trained = model_of(TestEhrFusionText, note_config=config).train()
     assert not torch.equal(trained(**batch).logits, trained(**batch).logits)
 
@@ -369,6 +368,19 @@ def test_an_encoder_without_a_pooler_is_read_by_its_mean():
         EhrFusionModel(EhrFusionConfig.tiny(note_config=config))
     model = EhrFusionModel(EhrFusionConfig.tiny(note_config=DistilBertConfig(**config), note_pooling="mean"))
     assert model.config.note_size == 16
+
+
+@pytest.mark.parametrize(
+    ("encoder", "fields", "message"),
+    [
+        (lambda: T5Model(T5Config(**T5)), {"note_pooling": "mean"}, "must be a text encoder alone, T5EncoderModel"),
+        (lambda: BertModel(BertConfig(**BERT), add_pooling_layer=False), {}, "which has no pooler"),
+    ],
+    ids=["decoder", "no-pooler"],
+)
+def test_an_encoder_that_would_not_be_read_whole_is_refused(encoder, fields, message):
+    with pytest.raises(ValueError, match=message):
+        EhrFusionForSequenceClassification.from_note_encoder(encoder(), **fields)
 
 
 @pytest.mark.parametrize(
@@ -386,6 +398,15 @@ def test_an_encoder_without_a_pooler_is_read_by_its_mean():
 def test_a_batch_that_does_not_fit_is_refused_with_the_next_step(change, message):
     with pytest.raises(ValueError, match=message):
         gate_of("BertLstm")(**(admissions() | change))
+
+
+@pytest.mark.parametrize("pooling", ["pooler", "mean"])
+def test_tokens_where_a_note_is_missing_are_not_read(pooling):
+    model, batch = model_of(TestEhrFusionText, main="series", note_pooling=pooling), texts()
+    other = batch | {"note_input_ids": batch["note_input_ids"].clone()}
+    other["note_input_ids"][2] = 7
+    with torch.no_grad():
+        assert torch.equal(model(**other).logits, model(**batch).logits)
 
 
 def test_tokens_are_asked_for_where_the_model_has_a_text_encoder():

@@ -8,8 +8,17 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
-from hf_ehr import EhrSeriesConfig, EhrSeriesForSequenceClassification, EhrSeriesModel
+from hf_ehr import (
+    EhrSeriesConfig,
+    EhrSeriesForSequenceClassification,
+    EhrSeriesModel,
+    MedHMPConfig,
+    MedHMPForStayPreTraining,
+    MedHMPModel,
+    MedHMPStayModel,
+)
 from hf_ehr.models.modeling_ehrseries_memory import guidance
+from hf_ehr.models.modeling_medhmp_transfer import load_hourly_encoder
 from tests.models.common import FIXTURES, FamilySuite, Head
 
 LABELS = torch.tensor([0, 1, 0])
@@ -459,6 +468,49 @@ def test_the_unimodal_models_read_the_states_of_the_encoder_of_hours(architectur
         states, _ = hours.lstm(hours.norm(first))
         states = network.lstm(states)[0] if network.lstm is not None else network.encoder(states)
         torch.testing.assert_close(model(**batch).pooler_output[2], states[0].amax(0), atol=1e-6, rtol=1e-5)
+
+
+def pretrained(kind, folder, **fields):
+    """A MedHMP of the sizes of these tests in a folder."""
+    torch.manual_seed(1)
+    sizes = {"num_hourly_features": 23, "num_demographics": 4, "hidden_size": 12, "num_attention_heads": 4}
+    medhmp = kind(MedHMPConfig(**(sizes | {"n_hours": 11} | fields))).eval()
+    medhmp.save_pretrained(folder)
+    return medhmp
+
+
+@pytest.mark.parametrize("kind", [MedHMPForStayPreTraining, MedHMPModel])
+@pytest.mark.parametrize("architecture", ["unimodal_lstm", "transformer"])
+def test_the_encoder_of_a_pretrained_medhmp_is_taken_over_and_says_the_same(architecture, kind, tmp_path):
+    medhmp, batch = pretrained(kind, tmp_path), dense_stays()
+    model = model_of(architecture, medhmp_encoder=True)
+    stays = getattr(medhmp, "medhmp", medhmp).stay_encoder
+    assert load_hourly_encoder(model, tmp_path) == list(stays.hourly.state_dict())
+    hours, seen = model.model.network.hours, []
+    for name, weight in stays.hourly.state_dict().items():
+        assert torch.equal(hours.state_dict()[name], weight), name
+    hours.register_forward_hook(lambda module, inputs, outputs: seen.append(outputs[0]))
+    with torch.no_grad():
+        model(**batch)
+        torch.testing.assert_close(seen[0], stays.encode(**batch).hours, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "other", "message"),
+    [
+        ({"medhmp_encoder": False}, {}, "`medhmp_encoder=True`"),
+        ({"medhmp_encoder": True}, {"num_hourly_features": 22}, "input_lstm.weight_ih_l0"),
+        ({"medhmp_encoder": True}, {"layer_norm_eps": 1e-3}, "layer_norm_eps"),
+    ],
+    ids=["none", "features", "epsilon"],
+)
+def test_an_encoder_of_hours_that_does_not_fit_is_refused_and_changes_nothing(fields, other, message, tmp_path):
+    pretrained(MedHMPStayModel, tmp_path, **other)
+    model = model_of("transformer", **fields)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        load_hourly_encoder(model, tmp_path)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
 def test_a_frozen_encoder_of_hours_stays_as_it_is():

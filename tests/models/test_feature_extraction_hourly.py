@@ -202,6 +202,12 @@ def spelled_out(rows, stay, hours):
     return series
 
 
+def test_each_feature_knows_its_variable(extractor):
+    names = [extractor.variables[number]["name"] for number in extractor.recipe.variables[extractor.kept]]
+    assert len(set(names)) > 1
+    assert all(feature.startswith(f"{name} ") for feature, name in zip(extractor.feature_names, names, strict=True))
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.lists(measurement, max_size=25))
 def test_the_features_follow_the_rules_spelled_out(extractor, rows):

@@ -327,11 +327,47 @@ def test_32_stays_are_reconstructed_far_better_than_by_their_mean(decoder):
     assert loss.item() < 0.25 * (values - values.mean(dim=0)).square().mean()
 
 
+@pytest.mark.parametrize("kind", ["init_hidden", "first_input"])
+@torch.no_grad()
+def test_hours_are_decoded_from_the_state_alone_step_by_step(kind):
+    decoder, states = model_of(MedHMPForStayPreTraining, decoder=kind).decoder, torch.randn(2, 12)
+    decoded, lstm = decoder(states, 4), decoder.lstm
+    for row, state in enumerate(states):
+        hidden, inputs = state, torch.ones(4, 1)
+        if kind == "first_input":
+            feed = decoder.feed_forward
+            first = feed.norm(state + feed.output(feed.intermediate(state).clamp(min=0)))
+            hidden, inputs = torch.zeros(FEATURES), torch.stack([first, *torch.zeros(3, 12)])
+        cell = torch.zeros_like(hidden)
+        for hour in range(4):
+            gates = lstm.weight_ih_l0 @ inputs[hour] + lstm.bias_ih_l0 + lstm.weight_hh_l0 @ hidden + lstm.bias_hh_l0
+            enter, forget, candidate, leave = gates.chunk(4)
+            cell = forget.sigmoid() * cell + enter.sigmoid() * candidate.tanh()
+            hidden = leave.sigmoid() * cell.tanh()
+            expected = decoder.output(hidden) if kind == "init_hidden" else hidden
+            torch.testing.assert_close(decoded[row, hour], expected, atol=1e-6, rtol=1e-5)
+
+
 def test_the_sum_over_features_is_the_mean_times_their_number():
     batch = stays()
     mean = model_of(MedHMPForStayPreTraining)(**batch).loss
     summed = model_of(MedHMPForStayPreTraining, reconstruction_reduction="sum")(**batch).loss
     torch.testing.assert_close(summed, FEATURES * mean)
+
+
+def test_hidden_features_are_not_seen_and_reconstructed_all_the_same():
+    model, batch = model_of(MedHMPForStayPreTraining).eval(), stays()
+    rest = {name: batch[name] for name in ("stay_hours", "demographics")}
+    series = HourlySeries.of(FEATURES, **{name: values for name, values in batch.items() if name != "demographics"})
+    hidden = torch.zeros(len(HOURS), FEATURES, dtype=torch.bool)
+    hidden[:, 2] = hidden[0, 1] = True
+    with torch.no_grad():
+        found = model(**batch, hidden_features=hidden)
+        blind = model(**rest, hourly_values=series.values * ~hidden[:, None])
+    torch.testing.assert_close(found.stay_state, blind.stay_state)
+    errors = (blind.reconstruction - series.values).square().sum(dim=2)[series.mask]
+    torch.testing.assert_close(found.loss, errors.mean() / FEATURES)
+    assert not torch.isclose(found.loss, blind.loss)
 
 
 # Stays of an admission (row 78)
@@ -612,6 +648,16 @@ def test_stays_are_never_an_anchor_and_nothing_is_compared_with_itself():
     # Diagnoses, medications, notes of: all there; no stay; no medication; medications alone.
     assert found.anchors.tolist() == [[True] * 3, [True] * 3, [True, False, True], [False, False, False]]
     assert found.keys.tolist() == [[True] * 3, [True] * 3, [True] * 3, [True, False, True]]
+
+
+def test_a_modality_has_no_part_in_the_fusion_that_it_is_compared_with():
+    model, batch = model_of(MedHMPForAdmissionPreTraining), admissions()
+    before = model.contrastive_views(model.medhmp.encode(**batch)).fused[0]
+    for column, name in enumerate(("diagnosis_ids", "medication_ids", "note_vectors")):
+        other = batch | {name: batch[name].clone()}
+        other[name][0] = other[name][0].flip(0) + 1
+        moved = model.contrastive_views(model.medhmp.encode(**other)).fused[0] - before
+        assert (moved.abs().amax(dim=1) == 0).tolist() == [place == column for place in range(3)]
 
 
 def test_an_admission_alone_has_no_contrast_and_a_finite_loss():

@@ -1,23 +1,33 @@
-"""MedHMP checkpoints carried over (acceptance rows 84 and 106)."""
+"""MedHMP checkpoints carried over (acceptance rows 84, 88 and 106)."""
 
 import copy
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForTextEncoding
 
 from hf_ehr import (
+    EhrCodeTokenizer,
+    EhrRnnConfig,
+    EhrRnnForSequenceClassification,
+    EhrRnnModel,
     MedHMPForAdmissionClassification,
     MedHMPForAdmissionPreTraining,
     MedHMPForStayClassification,
     MedHMPForStayPreTraining,
     MedHMPModel,
 )
-from hf_ehr.models.modeling_medhmp_transfer import load_stage, with_new_features, with_note_encoder
-from tests.models.test_medhmp import TEXT, admissions, model_of, with_tokens
+from hf_ehr.models.modeling_medhmp_transfer import (
+    load_code_encoder,
+    load_stage,
+    with_new_features,
+    with_note_encoder,
+)
+from tests.models.test_medhmp import DIAGNOSES, TEXT, admissions, model_of, with_tokens
 
 
 @pytest.fixture
@@ -136,3 +146,123 @@ def test_what_reads_no_notes_takes_no_text_encoder():
 def test_a_checkpoint_names_its_level(first_stage):
     assert json.loads((first_stage[1] / "config.json").read_text())["architectures"] == ["MedHMPForStayPreTraining"]
     assert model_of(MedHMPModel)(**admissions()).admission_state.shape == (4, 12)
+
+
+# The code encoder before patient-level models (row 88)
+
+CODES = [f"ICD10CM/A{number:02}" for number in range(DIAGNOSES - 5)]
+TOKENIZER = EhrCodeTokenizer.from_codes(CODES)
+HEADS = ["lstm", "dipole", "retain", "adacare", "hitanet"]
+
+
+@pytest.fixture
+def second_stage(tmp_path):
+    """A stage-2 checkpoint of which no two numbers are equal."""
+    torch.manual_seed(7)
+    model = model_of(MedHMPForAdmissionPreTraining)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_()
+    model.save_pretrained(tmp_path / "stage-2")
+    return model.medhmp.admission_encoder.diagnoses, tmp_path / "stage-2"
+
+
+def visits_model(kind=EhrRnnForSequenceClassification, tokenizer=TOKENIZER, **fields):
+    torch.manual_seed(1)
+    sizes = {"vocab_size": len(tokenizer), "embedding_size": 12, "hidden_size": 12, "hidden_dropout_prob": 0.0}
+    return kind(EhrRnnConfig(**(sizes | {"level": "visit", "visit_encoder": "mlp"} | fields))).eval()
+
+
+def visits_as_steps(model, visits: list[list[int]]) -> torch.Tensor:
+    """What the heads read of one patient's visits, (visits, embedding)."""
+    ids = torch.tensor([code for visit in visits for code in visit])[None]
+    numbers = torch.tensor([number for number, visit in enumerate(visits, 1) for _ in visit])[None]
+    seen = []
+    hook = model.base_model.embeddings.register_forward_hook(lambda *call: seen.append(call[2].states))
+    model(input_ids=ids, visit_ids=numbers, day_ids=torch.ones_like(ids))
+    hook.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_patient_models_start_from_the_pretrained_code_encoder_and_learn(second_stage, head, tmp_path):
+    source, folder = second_stage
+    model = visits_model(head=head)
+    rows = load_code_encoder(model, folder, TOKENIZER, TOKENIZER)
+    assert rows.tolist() == list(range(len(TOKENIZER)))
+    embeddings = model.base_model.embeddings
+    assert torch.equal(embeddings.code_embeddings.weight, source.embeddings.weight)
+    for name, weight in source.state_dict().items():
+        if "embeddings" not in name:
+            assert torch.equal(embeddings.visit_encoder.state_dict()[name], weight), name
+    visits = [[5, 9, 12], [6], [7, 5]]
+    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(visit) for visit in visits], batch_first=True)
+    with torch.no_grad():
+        torch.testing.assert_close(visits_as_steps(model, visits), source(padded), atol=1e-5, rtol=1e-5)
+    patients = torch.tensor([[5, 9, 12, 6], [7, 5, 8, 0]])
+    batch = {
+        "input_ids": patients, "attention_mask": (patients > 0).long(), "labels": torch.tensor([0, 1]),
+        "visit_ids": torch.tensor([[1, 1, 2, 3], [1, 2, 2, 0]]), "day_ids": torch.tensor([[1, 1, 4, 9], [1, 8, 8, 0]]),
+    }  # fmt: skip
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=2e-2)
+    first = model(**batch).loss.item()
+    for _ in range(30):
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.item() < 0.5 * first
+    assert not torch.equal(embeddings.code_embeddings.weight, source.embeddings.weight)
+    model.save_pretrained(tmp_path / "model")
+    loaded = EhrRnnForSequenceClassification.from_pretrained(tmp_path / "model")
+    assert torch.equal(loaded.model.embeddings.code_embeddings.weight, embeddings.code_embeddings.weight)
+
+
+def test_rows_go_over_by_code_and_an_unknown_one_takes_its_ancestors(second_stage):
+    source, folder = second_stage
+    tokenizer = EhrCodeTokenizer.from_codes(["ICD10CM/Z99", CODES[4], f"{CODES[2]}.5", CODES[0]])
+    model = visits_model(EhrRnnModel, tokenizer)
+    before = model.embeddings.code_embeddings.weight.detach().clone()
+    rows = load_code_encoder(model, folder, TOKENIZER, tokenizer)
+    known = {code: TOKENIZER.convert_tokens_to_ids(code) for code in CODES}
+    assert rows.tolist() == [0, 1, 2, 3, 4, -1, known[CODES[4]], known[CODES[2]], known[CODES[0]]]
+    after = model.embeddings.code_embeddings.weight
+    assert torch.equal(after[5], before[5])
+    kept = np.flatnonzero(rows >= 0)
+    assert torch.equal(after[kept], source.embeddings.weight[rows[kept]])
+
+
+SHUFFLED = EhrCodeTokenizer.from_codes(CODES[::-1])
+
+
+def test_another_order_of_the_same_codes_gives_the_same_visits(second_stage):
+    source, folder = second_stage
+    model = visits_model(EhrRnnModel, SHUFFLED)
+    load_code_encoder(model, folder, TOKENIZER, SHUFFLED)
+    codes = [CODES[0], CODES[3], CODES[8]]
+    with torch.no_grad():
+        expected = source(torch.tensor([TOKENIZER.convert_tokens_to_ids(codes)]))
+        torch.testing.assert_close(visits_as_steps(model, [SHUFFLED.convert_tokens_to_ids(codes)]), expected)
+
+
+OTHERS = EhrCodeTokenizer.from_codes([f"ICD9CM/{number}" for number in range(100, 109)])
+
+
+@pytest.mark.parametrize(("fields", "tokenizers", "message"), [
+    ({"visit_encoder": "sum"}, (TOKENIZER, TOKENIZER), "visit_encoder='mlp'"),
+    ({"embedding_size": 16}, (TOKENIZER, TOKENIZER), "embedding_size=12"),
+    ({"vocab_size": 20}, (TOKENIZER, TOKENIZER), "`tokenizer` must be the model's own, with 20 tokens"),
+    ({}, (EhrCodeTokenizer.from_codes(CODES[:3]), TOKENIZER), "`source_tokenizer` must be the model's own, with 14"),
+    ({}, (OTHERS, TOKENIZER), "none in common"),
+], ids=["sum", "width", "rows", "source-rows", "other-codes"])  # fmt: skip
+def test_a_code_encoder_that_does_not_fit_is_refused_and_changes_nothing(second_stage, fields, tokenizers, message):
+    model = visits_model(**fields)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        load_code_encoder(model, second_stage[1], *tokenizers)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+def test_a_checkpoint_of_stays_has_no_code_encoder(first_stage):
+    with pytest.raises(ValueError, match="`folder` must hold a model of admissions"):
+        load_code_encoder(visits_model(), first_stage[1], TOKENIZER, TOKENIZER)

@@ -1,9 +1,8 @@
-"""One cached step of MedHMP over four chunks: `cached_step.py OUTPUT`.
+"""Cached steps of MedHMP over four chunks, of which two ranks have three and one: `cached_step.py OUTPUT`.
 
-In one process all chunks are its own; under `torchrun --nproc_per_node 2` the ranks have three and one.
+To be run under `torchrun --nproc_per_node 2`; each rank writes its gradients to `OUTPUT/<rank>.pt`.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -14,22 +13,23 @@ from hf_ehr.gradient_caching import cached_step
 from tests.models.test_medhmp import MASKS, admissions, config
 
 CHUNKS = [admissions(seed) | MASKS for seed in range(4)]
-OF_RANK = {0: slice(0, 3), 1: slice(3, 4)}
+OF_RANK = (slice(0, 3), slice(3, 4))
+
+
+def two_steps(chunks) -> dict[str, torch.Tensor]:
+    """Gradients and loss after two steps, of which the second adds to the first."""
+    torch.manual_seed(0)
+    model = MedHMPForAdmissionPreTraining(config(hidden_dropout_prob=0.0)).train()
+    for _ in range(2):
+        losses = cached_step(model, chunks)
+    return {name: weight.grad for name, weight in model.named_parameters()} | {"loss": losses.loss}
 
 
 def main(output: Path) -> None:
-    ranks, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0)))
-    if ranks > 1:
-        torch.distributed.init_process_group("gloo")
-    torch.manual_seed(0)
-    model = MedHMPForAdmissionPreTraining(config(hidden_dropout_prob=0.0)).train()
-    mine = CHUNKS[OF_RANK[rank]] if ranks > 1 else CHUNKS
-    for _ in range(2):  # the second adds to the first
-        losses = cached_step(model, mine)
-    found = {name: weight.grad for name, weight in model.named_parameters()}
-    torch.save(found | {"loss": losses.loss}, output / f"{ranks}-{rank}.pt")
-    if ranks > 1:
-        torch.distributed.destroy_process_group()
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    torch.save(two_steps(CHUNKS[OF_RANK[rank]]), output / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

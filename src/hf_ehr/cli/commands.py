@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from transformers import TrainingArguments
+from transformers import AutoConfig, TrainingArguments
 
 from hf_ehr import convert as convert_run
-from hf_ehr import evaluation, experiments, training
+from hf_ehr import evaluation, experiments, stay_evaluation, training
 from hf_ehr import quickstart as quickstart_run
 from hf_ehr import transfer as transfer_run
-from hf_ehr.cli import note_commands, visit_commands
+from hf_ehr.cli import note_commands, stay_commands, visit_commands
 from hf_ehr.cli._arguments import model_of, parse, positional
 from hf_ehr.cli.figure_commands import attention, embedding_map
 from hf_ehr.cli.note_commands import (
@@ -23,14 +23,16 @@ from hf_ehr.cli.note_commands import (
     highlight,
     prepare_notes,
 )
+from hf_ehr.cli.stay_commands import fit_hourly
 from hf_ehr.cli.visit_commands import map_drugs
+from hf_ehr.models.configuration_medhmp import MedHMPConfig
 from hf_ehr.prepare import SourceName, format_summary
 from hf_ehr.prepare import prepare as prepare_data
 from hf_ehr.training._runs import json_options
 from hf_ehr.vocabulary import coverage
 from hf_ehr.vocabulary import fit_tokenizer as fit
 
-MODELS = ("medbert", "ehrbert", "medmplm", "gbert")
+MODELS = ("medbert", "ehrbert", "medhmp", "medmplm", "gbert")
 VISIT_MODELS = ("medmplm", "gbert")
 PRETRAIN_DEFAULTS = {  # section "Pretraining" of the Med-BERT paper, but for steps and warm-up that fit any data
     "learning_rate": 5e-5, "weight_decay": 0.01, "adam_epsilon": 1e-6, "warmup_steps": 0.1, "num_train_epochs": 10.0,
@@ -68,6 +70,7 @@ class TokenizerArguments:
     max_size: int | None = field(default=None, metadata={"help": "Most codes."})
     code_exact: bool = field(default=False, metadata={"help": "Med-BERT's released ids: 0 is padding and mask."})
     behrt: bool = field(default=False, metadata={"help": "BEHRT's input: [CLS], [SEP] after each visit, and ages."})
+    days: bool = field(default=False, metadata={"help": "Days between visits, for models that read them (HiTANet)."})
 
 
 def prepare(words: list[str]) -> None:
@@ -80,7 +83,8 @@ def prepare(words: list[str]) -> None:
         shards=arguments.shards, workers=arguments.workers, options=json_options(arguments.options, "options"),
     )  # fmt: skip
     print(format_summary(info))
-    print(f"\nNext: hf-ehr pretrain medbert --data {arguments.output} --output_dir model/")
+    model = "medbert" if info.summary["codes"] else "medhmp --stage 1"
+    print(f"\nNext: hf-ehr pretrain {model} --data {arguments.output} --output_dir model/")
 
 
 def fit_tokenizer(words: list[str]) -> None:
@@ -91,7 +95,7 @@ def fit_tokenizer(words: list[str]) -> None:
     tokenizer = fit(
         data.data, subject_ids=splits["train"], kinds=tuple(arguments.kinds), min_count=arguments.min_count,
         min_patients=data.min_patients, max_size=arguments.max_size, code_exact=arguments.code_exact,
-        visit_separators=arguments.behrt, ages=arguments.behrt,
+        visit_separators=arguments.behrt, ages=arguments.behrt, days=arguments.days,
     )  # fmt: skip
     tokenizer.save_pretrained(arguments.output)
     known = coverage(tokenizer, data.data, splits["validation"])
@@ -106,6 +110,8 @@ def pretrain(words: list[str]) -> None:
         return note_commands.pretrain_ehrbert(words)
     if model in VISIT_MODELS:
         return visit_commands.pretrain(model, words)
+    if model == "medhmp":
+        return stay_commands.pretrain_medhmp(words)
     kinds = (training.DataArguments, training.PretrainArguments, TrainingArguments)
     data, options, arguments = parse("pretrain medbert", example, words, *kinds, defaults=PRETRAIN_DEFAULTS)
     figures = training.pretrain(data, options, arguments)
@@ -129,6 +135,8 @@ def finetune(words: list[str]) -> None:
         return note_commands.finetune_ehrbert(words)
     if model in VISIT_MODELS:
         return visit_commands.finetune(model, words)
+    if model == "medhmp":
+        return stay_commands.finetune_medhmp(words)
     kinds = (training.DataArguments, training.FinetuneArguments, TrainingArguments)
     data, options, arguments = parse("finetune medbert", example, words, *kinds, defaults=FINETUNE_DEFAULTS)
     folder = training.finetune(data, options, arguments)
@@ -140,7 +148,9 @@ def evaluate(words: list[str]) -> None:
     """``hf-ehr evaluate --model DIR --output DIR``."""
     example = "hf-ehr evaluate --model classifier/ --output classifier/evaluation"
     (arguments,) = parse("evaluate", example, words, evaluation.EvaluateArguments)
-    print(evaluation.evaluate(arguments).read_text())
+    evaluation.written_by_finetune(arguments.model)
+    medhmp = AutoConfig.from_pretrained(arguments.model).model_type == MedHMPConfig.model_type
+    print((stay_evaluation if medhmp else evaluation).evaluate(arguments).read_text())
 
 
 def report(words: list[str]) -> None:
@@ -183,6 +193,6 @@ def leave_ranks() -> None:
 
 __all__ = [
     "attention", "check_notes", "convert", "embedding_map", "evaluate", "evaluate_coder", "evaluate_evidence",
-    "finetune", "fit_text_tokenizer", "fit_tokenizer", "highlight", "leave_ranks", "map_drugs", "prepare",
-    "prepare_notes", "pretrain", "quickstart", "report", "transfer",
+    "finetune", "fit_hourly", "fit_text_tokenizer", "fit_tokenizer", "highlight", "leave_ranks", "map_drugs",
+    "prepare", "prepare_notes", "pretrain", "quickstart", "report", "transfer",
 ]  # fmt: skip

@@ -2,7 +2,8 @@
 
 ReportSpec (YAML) ─▶ materials: cohorts, tokenizers, checkpoints, embeddings ─▶ cells ─▶ tables
 
-A file with ``kind: coding`` compares coders of notes instead, by the modules of ``coding/`` in the same order.
+A file with ``kind: coding`` compares coders of notes instead, by the modules of ``coding/`` in the same order, one
+with ``kind: stays`` models of intensive care stays and admissions, by those of ``stays/``.
 """
 
 from __future__ import annotations
@@ -10,13 +11,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from hf_ehr.experiments import coding
+from hf_ehr.experiments import coding, stays
 from hf_ehr.experiments.coding import CodingSpec
 from hf_ehr.experiments.runner import run_cells
 from hf_ehr.experiments.spec import ReportSpec, read_yaml
+from hf_ehr.experiments.stays import StaySpec
 from hf_ehr.experiments.tables import collect, write
 
-__all__ = ["CodingSpec", "ReportArguments", "ReportSpec", "load_spec", "report"]
+__all__ = ["CodingSpec", "ReportArguments", "ReportSpec", "StaySpec", "load_spec", "report"]
+
+AnySpec = ReportSpec | CodingSpec | StaySpec
 
 
 @dataclass
@@ -31,16 +35,17 @@ class ReportArguments:
     draws: int | None = field(default=None, metadata={"help": "Fewer draws than the specification, for a first look."})
 
 
-def load_spec(path: str | Path) -> ReportSpec | CodingSpec:
+def load_spec(path: str | Path) -> AnySpec:
     """Reads a file, or a specification of the package by its name; its field ``kind`` says of what it is.
 
     Raises:
         EhrDataError: There is no such file, or a field is unknown, absent or out of range.
     """
-    return (CodingSpec if read_yaml(path).get("kind") == coding.KIND else ReportSpec).from_yaml(path)
+    kinds: dict[str | None, type[CodingSpec] | type[StaySpec]] = {coding.KIND: CodingSpec, stays.KIND: StaySpec}
+    return kinds.get(read_yaml(path).get("kind"), ReportSpec).from_yaml(path)
 
 
-def report(spec: ReportSpec | CodingSpec, arguments: ReportArguments) -> list[Path]:
+def report(spec: AnySpec, arguments: ReportArguments) -> list[Path]:
     """Computes what is not there yet and writes the tables.
 
     Returns:
@@ -55,5 +60,7 @@ def report(spec: ReportSpec | CodingSpec, arguments: ReportArguments) -> list[Pa
         spec = replace(spec, draws=arguments.draws, notes=(*spec.notes, note))
     if isinstance(spec, CodingSpec):
         return coding.report(spec, work, Path(arguments.output), arguments.workers)
+    if isinstance(spec, StaySpec):
+        return stays.report(spec, work, Path(arguments.output), arguments.workers)
     failures = run_cells(spec, work, arguments.workers)
     return write(collect(spec, work, failures), Path(arguments.output))

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from transformers import PreTrainedModel, TrainingArguments
 
 from hf_ehr import baselines
 from hf_ehr.experiments.materials import (
     SPLITS,
+    CodeEncoders,
     Cohort,
     checkpoint_folder,
     embeddings_folder,
@@ -27,8 +30,9 @@ from hf_ehr.metrics import auroc
 from hf_ehr.models.configuration_ehrrnn import EhrRnnConfig
 from hf_ehr.models.modeling_ehrrnn import EhrRnnForSequenceClassification
 from hf_ehr.models.modeling_medbert import MedBertForSequenceClassification
-from hf_ehr.schema import atomic_path
-from hf_ehr.training import fit_classifier, model_config, predict, start_from_probe
+from hf_ehr.schema import atomic_path, shard_paths
+from hf_ehr.tasks.audit import OneShotTest
+from hf_ehr.training import fit_classifier, model_config, predict, start_from_probe, task_name
 from hf_ehr.transfer import load_code_embeddings
 
 if TYPE_CHECKING:
@@ -71,6 +75,10 @@ class Bench:
     def cohort(self, data: DataSpec) -> Cohort:
         """A data set in the work folder."""
         return Cohort(data, self.work)
+
+    def code_encoders(self, data: DataSpec) -> CodeEncoders:
+        """MedHMP's checkpoints of a data set."""
+        return CodeEncoders(self.cohort(data), self.spec.medhmp, self.spec.pretraining.seeds, self.work)
 
     def path(self, cell: Cell) -> Path:
         """Where the probabilities of a cell lie."""
@@ -119,6 +127,13 @@ class Bench:
         with atomic_path(self.rate_path(cell)) as temporary:
             temporary.write_text(json.dumps({"learning_rate": best, "validation_auroc": scores}, indent=2))
 
+    def test(self, data: DataSpec, task: str) -> tuple[np.ndarray, np.ndarray, float | None]:
+        """Test labels, their patients, and the AUROC of the generator's own probabilities where they are known."""
+        examples = self.examples(Cell(data, task, self.spec.rows[0], self.spec.sizes[0], 0), "test")
+        truth, patients = OneShotTest(np.asarray(examples["labels"])).read(), np.asarray(examples["subject_id"])
+        folder = Path(self.cohort(data).data.data)
+        return truth, patients, oracle_auroc(folder, task_name(task), truth, "subject_id", patients)
+
     def seed(self, cell: Cell) -> int:
         """The pre-training seed of a draw."""
         return 0 if cell.draw == TUNING_DRAW else cell.draw % self.spec.pretraining.seeds
@@ -132,6 +147,7 @@ class Bench:
         pretraining = asdict(spec.pretraining) if cell.row.init == "pretrained" else None
         source = cell.row.pretrained_on and self.cohort(spec.data(cell.row.pretrained_on)).key
         settings = [spec.finetuning_of(cell.size), spec.rnn] if cell.row.neural else []
+        settings += [spec.medhmp] if cell.row.init == "medhmp" else []
         limits = [spec.validation_patients, spec.test_patients, spec.pretraining.seeds]
         place = [self.cohort(cell.data).key, cell.task, cell.size, cell.draw]
         return digest(*place, row, pretraining, source, *settings, *limits)
@@ -195,7 +211,9 @@ class Bench:
         tokenizer = self.cohort(cell.data).tokenizer()
         config = self._rnn_config(cell.row, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
         model = EhrRnnForSequenceClassification(config)
-        if cell.row.init != "random":
+        if cell.row.init == "medhmp":
+            self.code_encoders(cell.data).put_into(model, tokenizer, self.seed(cell))
+        elif cell.row.init != "random":
             load_code_embeddings(model, self._embeddings(cell, cell.row.init), tokenizer, freeze=cell.row.freeze)
         return model
 
@@ -209,3 +227,29 @@ class Bench:
 
         dim = self.embedding_size(cell.row)
         return CodeEmbeddings.load(embeddings_folder(self.cohort(cell.data), init, dim, self.seed(cell)))
+
+
+def oracle_auroc(folder: Path, task: str, truth: np.ndarray, key: str, ids: np.ndarray) -> float | None:
+    """The AUROC of a generator's own probabilities, None where the data set knows none of the task.
+
+    Args:
+        folder: Prepared folder; ``truth/`` holds ``oracle_probability``, by ``task`` if it knows several.
+        task: Name of the task; ``synthetic_outcome`` where the truth has no tasks.
+        truth: Labels, (n,).
+        key: Column of the truth that says whose a probability is.
+        ids: Its values for the labels, (n,).
+    """
+    if not (folder / "truth").is_dir():
+        return None
+    paths = shard_paths(folder, "truth")
+    by_task = "task" in pq.read_schema(paths[0]).names
+    if not by_task and task != "synthetic_outcome":
+        return None
+    filters = [("task", "=", task)] if by_task else None
+    columns = [key, "oracle_probability"]
+    known = pa.concat_tables(pq.read_table(path, columns=columns, filters=filters) for path in paths)
+    owners, p = (known[column].to_numpy() for column in columns)
+    order = np.argsort(owners)
+    if len(np.unique(owners)) < len(owners) or not np.isin(ids, owners).all():
+        return None
+    return float(auroc(truth, p[order][np.searchsorted(owners[order], ids)]))

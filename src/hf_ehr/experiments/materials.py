@@ -37,8 +37,9 @@ class Cohort:
     def __init__(self, spec: DataSpec, work: Path):
         self.spec = spec
         self.key = digest(
-            spec.source, spec.input, spec.options, spec.folder, spec.min_patients, spec.max_length, __version__
-        )
+            spec.source, spec.input, spec.options, spec.folder, spec.min_patients, spec.max_length, __version__,
+            *(["days"] if spec.days else []),
+        )  # fmt: skip
         self.folder = work / "cohorts" / self.key
         data = spec.folder if spec.folder is not None else str(self.folder / "data")
         self.data = DataArguments(data=data, min_patients=spec.min_patients, max_length=spec.max_length)
@@ -49,7 +50,9 @@ class Cohort:
             self._prepare()
         splits = self.data.splits()
         if not (self.folder / "tokenizer").is_dir():
-            tokenizer = fit_tokenizer(self.data.data, subject_ids=splits["train"], min_patients=self.data.min_patients)
+            tokenizer = fit_tokenizer(
+                self.data.data, subject_ids=splits["train"], min_patients=self.data.min_patients, days=self.spec.days
+            )
             with atomic_folder(self.folder / "tokenizer") as temporary:
                 tokenizer.save_pretrained(temporary)
         for task in tasks:
@@ -129,3 +132,42 @@ def make_embeddings(cohort: Cohort, init: str, dim: int, seed: int) -> None:
     train = cohort.data.splits()["train"]
     table = fit(cohort.data.data, cohort.tokenizer(), subject_ids=train, dim=dim, seed=seed)
     table.save(embeddings_folder(cohort, init, dim, seed))
+
+
+class CodeEncoders:
+    """MedHMP's two stages on the patients of a cohort, for models of patients that take its encoder of diagnoses.
+
+    Args:
+        cohort: The patients.
+        given: ``features``, ``stays`` and ``admissions`` of the report.
+        seeds: Pre-training seeds.
+        work: Folder that everything is kept in.
+    """
+
+    def __init__(self, cohort: Cohort, given: dict[str, Any], seeds: int, work: Path):
+        from hf_ehr.experiments.stays.materials import StayCohort
+        from hf_ehr.experiments.stays.spec import StagesSpec, StayData, StayRow
+
+        data = StayData(cohort.spec.name, folder=cohort.data.data, features=given.get("features", {}))
+        self.row = StayRow("both stages", "medhmp", init="a+s")
+        self.features = StayCohort(data, work).features(self.row)
+        self.stages = StagesSpec(seeds, given.get("stays", {}), given.get("admissions", {}))
+
+    def folder(self, seed: int) -> Path:
+        """Where the second stage of a seed lies."""
+        return self.features.stage2(self.stages, self.row, seed)
+
+    def make(self, seed: int) -> None:
+        """Runs both stages; the features are fitted before."""
+        from hf_ehr.experiments.stays.materials import make_stage1, make_stage2
+
+        make_stage1(self.features, self.stages, seed)
+        make_stage2(self.features, self.stages, self.row, seed)
+
+    def put_into(self, model: Any, tokenizer: EhrCodeTokenizer, seed: int) -> None:
+        """Starts the encoder of visits of a code RNN from that of the checkpoint."""
+        from hf_ehr.models.modeling_medhmp_transfer import load_code_encoder
+        from hf_ehr.models.processing_medhmp import MedHMPProcessor
+
+        known = MedHMPProcessor.from_pretrained(self.folder(seed)).diagnosis_tokenizer
+        load_code_encoder(model, self.folder(seed), known, tokenizer)

@@ -55,6 +55,9 @@ def run_cells(spec: ReportSpec, work: Path, workers: int | None = None) -> dict[
     bench = Bench(spec, work)
     for data in tqdm(spec.datasets, desc="Cohorts", unit="cohort"):
         bench.cohort(data).make(spec.tasks_of(data))
+        features = bench.code_encoders(data).features
+        if any(row.init == "medhmp" for row in spec.rows) and not features.extractor_folder.is_dir():
+            features.make()
     stages = {
         "Pre-training": _materials, "Moving vocabularies": _moves, "Learning rates": _tuning, "Cells": _cells,
     }  # fmt: skip
@@ -101,6 +104,10 @@ def _materials(bench: Bench) -> list[Job]:
                 source = bench.cohort(spec.data(row.pretrained_on)) if row.pretrained_on else cohort
                 done = checkpoint_folder(source, spec.pretraining, seed) / "pretraining.json"
                 jobs[done] = Job(f"Med-BERT, seed {seed}", make_checkpoint, (source, spec.pretraining, seed), done)
+            elif row.init == "medhmp":
+                encoders = bench.code_encoders(data)
+                done = encoders.folder(seed) / "pretraining.json"
+                jobs[done] = Job(f"MedHMP, seed {seed}", encoders.make, (seed,), done)
             elif row.init in ("t-w2v", "ppmi-svd") or row.model == PPMI_LR:
                 init, dim = "ppmi-svd" if row.model == PPMI_LR else row.init, bench.embedding_size(row)
                 done = embeddings_folder(cohort, init, dim, seed)
@@ -145,12 +152,21 @@ def _run(pool: ProcessPoolExecutor, title: str, jobs: Sequence[Job]) -> dict[str
     """Runs the jobs that are not done, with a bar that shows how long the rest will take."""
     todo = [job for job in jobs if not job.done.exists()]
     failures: dict[str, str] = {}
-    waiting = {pool.submit(job.call, *job.arguments): job for job in todo}
+    waiting = {pool.submit(_error_of, job): job for job in todo}
     for future in tqdm(as_completed(waiting), total=len(jobs), initial=len(jobs) - len(todo), desc=title):
-        error = future.exception()
+        error = future.result()
         if error is not None:
-            failures[waiting[future].name] = f"{type(error).__name__}: {error}"
+            failures[waiting[future].name] = error
     return failures
+
+
+def _error_of(job: Job) -> str | None:
+    """Runs a job; what went wrong comes back as text, for some exceptions cannot be sent between processes."""
+    try:
+        job.call(*job.arguments)
+    except Exception as error:
+        return " ".join(f"{type(error).__name__}: {error}".split())
+    return None
 
 
 def _start_worker() -> None:

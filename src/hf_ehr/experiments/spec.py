@@ -11,7 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from hf_ehr.schema import EhrDataError
 SPECS = Path(__file__).parent / "specs"
 MODELS = ("medbert", "rnn")
 PPMI_LR = "PPMI-SVD + LR"
-INITS = ("random", "pretrained", "t-w2v", "ppmi-svd")
+INITS = ("random", "pretrained", "t-w2v", "ppmi-svd", "medhmp")
 HEADS = ("ffn", "gru", "bigru", "retain", "lstm", "dipole", "adacare", "hitanet")
 ALL = "all"
 
@@ -41,6 +43,7 @@ class DataSpec:
         tasks: Tasks of this data set instead of the report's; an empty list where it is only pre-trained on.
         min_patients: Codes of fewer training patients back off.
         max_length: Most codes of a patient.
+        days: Whether the time of each code is read, as ``hitanet`` needs it.
     """
 
     name: str
@@ -51,6 +54,7 @@ class DataSpec:
     tasks: tuple[str, ...] | None = None
     min_patients: int = 11
     max_length: int = 512
+    days: bool = False
 
     def __post_init__(self) -> None:
         if (self.source is None) == (self.folder is None):
@@ -67,7 +71,8 @@ class RowSpec:
         name: As it appears in the table.
         model: ``medbert``, ``rnn``, a name out of ``baselines.BASELINES``, or ``PPMI-SVD + LR``.
         head: Of ``medbert`` and ``rnn``.
-        init: ``random``, ``pretrained`` (Med-BERT), ``t-w2v`` or ``ppmi-svd`` (code embeddings of a code RNN).
+        init: ``random``, ``pretrained`` (Med-BERT), ``t-w2v`` or ``ppmi-svd`` (code embeddings of a code RNN), or
+            ``medhmp`` (MedHMP's encoder of diagnoses in an RNN whose ``visit_encoder`` is ``mlp``).
         pretrained_on: Data set that a Med-BERT was pre-trained on; the checkpoint is moved to the column's vocabulary.
         level: What a code RNN steps over, ``token`` or ``visit``.
         freeze: Whether static embeddings stay as they are.
@@ -97,6 +102,8 @@ class RowSpec:
             raise EhrDataError(
                 f"Row {self.name!r}: `medbert` starts `random` or `pretrained`, got {self.init!r}. Change it."
             )
+        if self.init == "medhmp" and self.level != "visit":
+            raise EhrDataError(f"Row {self.name!r}: `level` must be `visit` with `init: medhmp`. Change it.")
 
     @property
     def neural(self) -> bool:
@@ -138,6 +145,8 @@ class ReportSpec:
         finetuning: Fields of ``TrainingArguments``, and ``patience``.
         finetuning_at: Size → fields that differ there, e.g. larger batches for more patients.
         rnn: Fields of ``EhrRnnConfig``.
+        medhmp: Of the rows with ``init: medhmp``: ``features``, arguments of ``fit_hourly_features``, and both stages
+            as in a report of stays, ``stays`` and ``admissions``.
         notes: Printed below the table.
     """
 
@@ -155,21 +164,21 @@ class ReportSpec:
     finetuning: dict[str, Any] = field(default_factory=dict)
     finetuning_at: dict[int | str, dict[str, Any]] = field(default_factory=dict)
     rnn: dict[str, Any] = field(default_factory=dict)
+    medhmp: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_rows(self)
+        unknown = set(self.medhmp) - {"features", "stays", "admissions"}
+        if unknown:
+            raise EhrDataError(f"`medhmp` must hold features, stays and admissions, got {sorted(unknown)}. Change it.")
         for row in self.rows:
             if row.pretrained_on is not None:
                 one_of("pretrained_on", row.pretrained_on, [data.name for data in self.datasets], row.name)
         for size in self.sizes:
             if size != ALL and (not isinstance(size, int) or size < 1):
                 raise EhrDataError(f"`sizes` must hold positive numbers or {ALL!r}, got {size!r}. Change it.")
-            draws = self.draws if isinstance(self.draws, int) else self.draws.get(size)
-            if not isinstance(draws, int) or draws < 1:
-                raise EhrDataError(
-                    f"`draws` must be a positive number for each of `sizes`, got {draws!r} for {size!r}. Add it."
-                )
+        check_draws(self)
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> ReportSpec:
@@ -223,18 +232,23 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return {"name": file.stem} | (content if isinstance(content, dict) else {})
 
 
-def from_content(kind: Any, content: dict[str, Any], data: Any, row: Any) -> Any:
+def from_content(
+    kind: Any, content: dict[str, Any], data: Any, row: Any, parts: Mapping[str, Any] | None = None
+) -> Any:
     """A report of class ``kind`` from the content of its file, its data sets and rows of the classes given.
+
+    ``parts`` maps other fields to their classes; ``pretraining`` is a ``PretrainSpec`` unless it says otherwise.
 
     Raises:
         EhrDataError: A field is unknown, absent or out of range.
     """
-    nested = {
+    nested: dict[str, Callable[[Any], Any]] = {
         "datasets": lambda items: tuple(build(data, item, "datasets") for item in items),
         "rows": lambda items: tuple(build(row, item, "rows") for item in items),
-        "pretraining": lambda item: build(PretrainSpec, item, "pretraining"),
         "comparisons": lambda pairs: tuple(tuple(pair) for pair in pairs),
     }
+    for name, part in ({"pretraining": PretrainSpec} | dict(parts or {})).items():
+        nested[name] = partial(build, part, where=name)
     fields_of = {name: nested[name](value) if name in nested else value for name, value in content.items()}
     return build(kind, fields_of, str(content["name"]))
 
@@ -251,6 +265,20 @@ def check_rows(report: Any) -> None:
     for pair in report.comparisons:
         for name in pair:
             one_of("comparisons", name, names, report.name)
+
+
+def check_draws(report: Any) -> None:
+    """There are draws at every size.
+
+    Raises:
+        EhrDataError: There are not.
+    """
+    for size in report.sizes:
+        draws = report.draws if isinstance(report.draws, int) else report.draws.get(size)
+        if not isinstance(draws, int) or draws < 1:
+            raise EhrDataError(
+                f"`draws` must be a positive number for each of `sizes`, got {draws!r} for {size!r}. Add it."
+            )
 
 
 def expanded(path: str, name: str, field_name: str = "input") -> str:

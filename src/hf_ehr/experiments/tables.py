@@ -6,22 +6,20 @@ import csv
 import io
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from hf_ehr.experiments.cells import Bench, Cell
-from hf_ehr.experiments.spec import DataSpec, ReportSpec
+from hf_ehr.experiments.spec import ALL, ReportSpec
 from hf_ehr.intervals import Interval, ResampledDraws, holm, resamples_for, verdict
 from hf_ehr.metrics import auroc, average_precision
 from hf_ehr.reports import FEW_POSITIVES
-from hf_ehr.schema import atomic_path, shard_paths
-from hf_ehr.tasks.audit import OneShotTest
+from hf_ehr.schema import atomic_path
 from hf_ehr.training import task_name
 from hf_ehr.visualization import forest_plot, label_efficiency_curve
 
@@ -80,12 +78,21 @@ class Report:
 
 def collect(spec: ReportSpec, work: Path, failures: dict[str, str], n_resamples: int | None = None) -> Report:
     """Reads the cells, scores them on the test patients and compares what the specification compares."""
-    bench = Bench(spec, work)
+    return collect_from(Bench(spec, work), failures, n_resamples)
+
+
+def collect_from(bench: Any, failures: dict[str, str], n_resamples: int | None = None) -> Report:
+    """:func:`collect` of the cells of a bench: what says where they lie, and of whom they are."""
+    spec = bench.spec
     entries, missing, pairs = [], [], []
     places = [(data, task, size) for data, task in spec.columns() for size in spec.sizes]
     n_resamples = n_resamples or resamples_for(len(spec.comparisons) * len(places))
     for data, task, size in tqdm(places, desc="Intervals", unit="column"):
-        truth, patients, oracle = _test(bench, data, task)
+        try:
+            truth, patients, oracle = bench.test(data, task)
+        except FileNotFoundError:  # the examples could not be made: the failure is named with the others
+            missing += [f"{row.name}, {data.name}, {task}, {size} patients" for row in spec.rows]
+            continue
         draws = {row.name: _draws(bench, data, task, row, size) for row in spec.rows}
         missing += [f"{name}, {data.name}, {task}, {size} patients" for name, cells in draws.items() if cells is None]
         there = {name: cells for name, cells in draws.items() if cells is not None}
@@ -110,12 +117,18 @@ def collect(spec: ReportSpec, work: Path, failures: dict[str, str], n_resamples:
     return Report(spec, entries, differences, failures, missing)
 
 
-def write(report: Report, folder: Path) -> list[Path]:
-    """Writes ``<name>.md``, ``.csv``, ``-differences.csv``, ``.json`` and ``.png``; returns their paths."""
+def write(report: Report, folder: Path, further: Sequence[str] = ()) -> list[Path]:
+    """Writes ``<name>.md``, ``.csv``, ``-differences.csv``, ``.json`` and ``.png``; returns their paths.
+
+    Args:
+        report: All figures.
+        folder: Where to.
+        further: Lines of Markdown that go before the figures.
+    """
     stem = folder / report.spec.name
     figures = _figures(report, stem)
     texts = {
-        ".md": _markdown(report, [path.name for path in figures]),
+        ".md": _markdown(report, [path.name for path in figures], further),
         ".csv": _csv(report.entries),
         "-differences.csv": _csv(report.differences),
         ".json": json.dumps(_json(report), indent=1, allow_nan=False),
@@ -127,23 +140,7 @@ def write(report: Report, folder: Path) -> list[Path]:
     return [*paths, *figures]
 
 
-def _test(bench: Bench, data: DataSpec, task: str) -> tuple[np.ndarray, np.ndarray, float | None]:
-    """Test labels, their patients, and the AUROC of the generator's own probabilities where they are known."""
-    cell = Cell(data, task, bench.spec.rows[0], bench.spec.sizes[0], 0)
-    examples = bench.examples(cell, "test")
-    truth = OneShotTest(np.asarray(examples["labels"])).read()
-    patients = np.asarray(examples["subject_id"])
-    folder = Path(bench.cohort(data).data.data)
-    if task != "synthetic_outcome" or not (folder / "truth").is_dir():
-        return truth, patients, None
-    columns = ["subject_id", "oracle_probability"]
-    known = pa.concat_tables(pq.read_table(path, columns=columns) for path in shard_paths(folder, "truth"))
-    ids, p = (known[name].to_numpy() for name in columns)
-    order = np.argsort(ids)
-    return truth, patients, float(auroc(truth, p[order][np.searchsorted(ids[order], patients)]))
-
-
-def _draws(bench: Bench, data: DataSpec, task: str, row: Any, size: int | str) -> dict[str, np.ndarray] | None:
+def _draws(bench: Any, data: Any, task: str, row: Any, size: int | str) -> dict[str, np.ndarray] | None:
     """The stacked draws of a row, or None while one is absent."""
     paths = [bench.path(Cell(data, task, row, size, draw)) for draw in range(bench.spec.draws_at(size))]
     if not all(path.is_file() for path in paths):
@@ -197,15 +194,15 @@ def _figures(report: Report, stem: Path) -> list[Path]:
     return paths
 
 
-def _markdown(report: Report, figures: list[str]) -> str:
+def _markdown(report: Report, figures: list[str], further: Sequence[str] = ()) -> str:
     spec = report.spec
     lines = [f"# {spec.title}", "", f"`hf-ehr report {spec.name}`", ""]
-    if any(data.source == "synthetic" for data in spec.datasets):
+    if any((data.source or "").startswith("synthetic") for data in spec.datasets):
         lines += ["**Synthetic patients**: what is shown is that the software works and finds planted structure. "
                   "Nothing clinical follows, and no figure here stands beside a figure of the paper.", ""]  # fmt: skip
     for heading, entries in _tables(report):
         lines += [f"## {heading}", "", *_table(spec, entries), ""]
-    lines += ["## Differences", "", *_difference_lines(report), ""]
+    lines += ["## Differences", "", *_difference_lines(report), "", *further]
     lines += [f"![{name}]({name})" for name in figures]
     lines += ["", LEVEL_NOTE, "", *(f"- {note}" for note in [*spec.notes, *_run_notes(report)])]
     return "\n".join(lines)
@@ -272,7 +269,9 @@ def _hours(report: Report) -> str:
 
 
 def _size(size: int | str) -> str:
-    return "all labelled patients" if isinstance(size, str) else f"{size:,} labelled patients"
+    if isinstance(size, str):
+        return "all labelled patients" if size == ALL else f"{size} of the labelled patients"
+    return f"{size:,} labelled patients"
 
 
 def _csv(items: list[Any]) -> str:

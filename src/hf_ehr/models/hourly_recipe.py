@@ -68,6 +68,7 @@ class HourlyRecipe:
         frequent: Those with minimum, maximum and mean, which come first among them; none in continuous form.
         names: Every feature in words.
         is_binary: (features,) bool, whether a feature is 0 or 1.
+        variables: (features,) int64, the number of the variable that each is of.
     """
 
     def __init__(self, variables: Sequence[Mapping[str, Any]], form: str, n_hours: int, fill_infrequent: bool) -> None:
@@ -79,13 +80,16 @@ class HourlyRecipe:
         self.filled = np.array([series.filled for series in self.series], bool)
         self.names: list[str] = []
         binary: list[bool] = []
+        owners: list[int] = []
         self.base = np.full((len(self.series), len(STATISTICS)), -1, np.int32)
         for row, series in zip(self.base, self.series, strict=True):
             for statistic, (names, whether) in self._features(series).items():
                 row[statistic] = len(self.names)
                 self.names += names
                 binary += [whether] * len(names)
+                owners += [series.variable] * len(names)
         self.is_binary = np.array(binary, bool)
+        self.variables = np.array(owners, np.int64)
         self._edges = {
             statistic: stack_edges([series.edges.get(STATISTICS[statistic], ()) for series in self._with(statistic)])
             for statistic in (*SPREAD, LAST, SINCE)

@@ -13,15 +13,23 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_ehrfusion import EhrFusionConfig
-from .modeling_ehrfusion_layers import NoteEncoder, ShiftGate, StaysEncoder
+from .modeling_ehrfusion_layers import Modality, ShiftGate, StaysEncoder
 from .modeling_ehrseries_layers import init_series_layer
 from .modeling_heads import PatientClassifierMixin, classification_loss
+from .modeling_note_encoder import (
+    NoteEncoderMixin,
+    encoded_notes,
+    given_vectors,
+    new_note_encoder,
+    opened_note_encoder,
+    put_note_encoder,
+)
 
 
 @dataclass
@@ -55,14 +63,14 @@ class EhrFusionClassifierOutput(ModelOutput):
     gates: torch.Tensor | None = None
 
 
-class EhrFusionPreTrainedModel(PreTrainedModel):
+class EhrFusionPreTrainedModel(NoteEncoderMixin, PreTrainedModel):
     """Weight initialisation and the declarations the library asks for."""
 
     config: EhrFusionConfig
     base_model_prefix = "model"
     main_input_name = "stay_hours"
     _supports_sdpa = True
-    _no_split_modules = ["NoteEncoder", "StaysEncoder", "ShiftGate"]  # noqa: RUF012 - library's form
+    _no_split_modules = ["StaysEncoder", "ShiftGate"]  # noqa: RUF012 - library's form
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -73,30 +81,15 @@ class EhrFusionPreTrainedModel(PreTrainedModel):
         if isinstance(module, EhrFusionModel):
             init.normal_(module.missing_main, std=0.02)
 
-    def tie_weights(self, *args, **kwargs):
-        """Freezes the text encoder again: loading makes new parameters, and calls this at its end."""
-        super().tie_weights(*args, **kwargs)
-        for encoder in self._frozen():
-            encoder.requires_grad_(False)
-
-    def train(self, mode: bool = True):
-        """As PyTorch's, but a frozen text encoder stays in evaluation mode."""
-        super().train(mode)
-        for encoder in self._frozen():
-            encoder.eval()
-        return self
-
-    def _frozen(self) -> list[nn.Module]:
-        note: Any = getattr(self, self.base_model_prefix, self).note
-        return [note.encoder] if self.config.freeze_note_encoder else []
-
 
 class EhrFusionModel(EhrFusionPreTrainedModel):
     """Notes, hours and demographics of admissions → one vector per admission."""
 
     def __init__(self, config: EhrFusionConfig):
         super().__init__(config)
-        self.note = NoteEncoder(config)
+        self.note_encoder: Any = None
+        if config.note_config is not None:
+            self.note_encoder = new_note_encoder(config.note_config, pooler=config.note_pooling == "pooler")
         self.stays = self.gate = None
         self.num_features = config.note_size
         if config.series_encoder is not None:
@@ -146,9 +139,7 @@ class EhrFusionModel(EhrFusionPreTrainedModel):
         Raises:
             ValueError: Something of the batch is missing, or does not fit the configuration.
         """
-        if note_vectors is not None:
-            note_vectors = note_vectors.to(self.dtype)
-        main, main_present = self.note(note_input_ids, note_attention_mask, note_vectors, note_mask)
+        main, main_present = self._notes(note_input_ids, note_attention_mask, note_vectors, note_mask)
         if self.stays is None or self.gate is None:
             return EhrFusionModelOutput(pooler_output=self._filled(main, main_present))
         hours, known = self.stays(
@@ -167,6 +158,19 @@ class EhrFusionModel(EhrFusionPreTrainedModel):
             (main, main_present), other = hours, main
         features, gates = self.gate(self._filled(main, main_present), other, known)
         return EhrFusionModelOutput(pooler_output=features, gates=gates)
+
+    def _notes(self, input_ids, attention_mask, vectors, mask) -> Modality:
+        """Notes as the batch has them → one vector per admission."""
+        if self.note_encoder is None:
+            given, there = given_vectors(vectors, mask, self.config.note_size)
+            return Modality(given.to(self.dtype), there)
+        if input_ids is None:
+            raise ValueError(
+                "`note_input_ids` must be given, (admissions, tokens), got None. Pass rows of padding where there is "
+                "no note, or make the model without `note_config` for `note_vectors`."
+            )
+        pooler = self.config.note_pooling == "pooler"
+        return Modality(*encoded_notes(self.note_encoder, input_ids, attention_mask, pooler))
 
     def _filled(self, main: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
         """The main modality (admissions, width), and the learned vector where it is missing."""
@@ -189,14 +193,16 @@ class EhrFusionForSequenceClassification(PatientClassifierMixin, EhrFusionPreTra
         """A new model on a trained text encoder.
 
         Args:
-            encoder: Name or folder of a checkpoint, opened in fp32 by `AutoModel`; or a model, which becomes part of
-                the new one.
+            encoder: Name or folder of a checkpoint, opened in fp32; or a model, whose encoder becomes part of the new
+                one.
             **fields: Fields of [`EhrFusionConfig`].
+
+        Raises:
+            ValueError: `encoder` is a model with a decoder, or has no pooler where one is read.
         """
-        text = encoder if isinstance(encoder, PreTrainedModel) else AutoModel.from_pretrained(encoder, dtype="float32")
+        text = opened_note_encoder(encoder)
         model = cls(EhrFusionConfig(note_config=text.config, **fields))
-        model.model.note.take_from(text)
-        model.tie_weights()
+        put_note_encoder(model, text, pooler=model.config.note_pooling == "pooler")
         return model
 
     @can_return_tuple

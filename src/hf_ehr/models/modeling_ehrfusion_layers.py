@@ -1,13 +1,11 @@
-"""The layers of models that join notes and stays of an admission: text encoder, hours, and the gate between them."""
+"""The layers of models that join notes and stays of an admission: hours, and the gate between them and the note."""
 
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoModel
 
 from .configuration_ehrfusion import EhrFusionConfig
-from .modeling_ehr import pool_states
 from .modeling_ehrseries_layers import (
     SeriesCnn,
     SeriesLstm,
@@ -65,64 +63,6 @@ class ShiftGate(nn.Module):
         alpha = (self.beta * lengths[0] / lengths[1].clamp(min=1e-12)).clamp(max=1)
         shifted = self.dropout(self.norm(main + (alpha * shift).to(main.dtype)))
         return shifted, torch.cat([*shares, alpha], dim=1)
-
-
-class NoteEncoder(nn.Module):
-    """Notes of admissions as vectors: from a text encoder, or computed before."""
-
-    def __init__(self, config: EhrFusionConfig):
-        super().__init__()
-        self.size, self.pooling = config.note_size, config.note_pooling
-        self.encoder: Any = None
-        if config.note_config is None:
-            return
-        model = AutoModel.from_config(config.note_config)
-        self.encoder = model.get_encoder() if hasattr(model, "decoder") else model
-        if self.pooling == "pooler" and getattr(self.encoder, "pooler", None) is None:
-            raise ValueError(
-                f"`note_pooling` must be 'mean' for {type(self.encoder).__name__}, which has no pooler, got 'pooler'. "
-                "Change it."
-            )
-        self._drop_pooler()
-
-    def _drop_pooler(self) -> None:
-        if self.pooling == "mean" and getattr(self.encoder, "pooler", None) is not None:
-            self.encoder.pooler = None  # nothing would read it, and it would get no gradient
-
-    def take_from(self, model: nn.Module) -> None:
-        """Takes the part of a text model that is the encoder."""
-        self.encoder = next(part for part in model.modules() if type(part) is type(self.encoder))
-        self._drop_pooler()
-
-    def forward(self, note_input_ids, note_attention_mask, note_vectors, note_mask) -> Modality:
-        """Notes as the batch has them → one vector per admission."""
-        if self.encoder is None:
-            return self._given(note_vectors, note_mask)
-        if note_input_ids is None:
-            raise ValueError(
-                "`note_input_ids` must be given, (admissions, tokens), got None. Pass rows of padding where there is "
-                "no note, or make the model without `note_config` for `note_vectors`."
-            )
-        mask = torch.ones_like(note_input_ids) if note_attention_mask is None else note_attention_mask
-        present = mask.any(dim=1)
-        readable = mask.clone()
-        readable[:, 0] |= ~present  # attention over nothing has no value
-        output = self.encoder(input_ids=note_input_ids, attention_mask=readable)
-        if self.pooling == "pooler":
-            vectors = output.pooler_output
-        else:
-            vectors = pool_states(output.last_hidden_state, "mean", readable)
-        return Modality(vectors * present[:, None], present)
-
-    def _given(self, vectors, present) -> Modality:
-        given = None if vectors is None else tuple(vectors.shape)
-        if given is None or given[1:] != (self.size,):
-            raise ValueError(
-                f"`note_vectors` must have shape (admissions, {self.size}) (`note_size`), got {given}. Compute them "
-                "with one encoder for all admissions; zeros with `note_mask` False where there is no note."
-            )
-        present = torch.ones(len(vectors), dtype=torch.bool, device=vectors.device) if present is None else present
-        return Modality(vectors.masked_fill(~present.bool()[:, None], 0), present.bool())
 
 
 class StaysEncoder(nn.Module):

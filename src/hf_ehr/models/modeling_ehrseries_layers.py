@@ -13,6 +13,7 @@ from transformers import initialization as init
 
 from .hourly_series import HourlySeries
 from .modeling_ehr import EhrEncoder
+from .modeling_medhmp_stay import HourlyEncoder
 
 
 class StayFeatures(NamedTuple):
@@ -139,25 +140,6 @@ class SeriesCnn(nn.Module):
         return StayFeatures(self.projection(states.flatten(1)).relu())
 
 
-class HoursLstm(nn.Module):
-    """MedHMP's encoder of hours (section 3.2): LSTM, dropout, layer norm, LSTM of two layers; a state per hour.
-
-    Its tensors have the names and shapes of `stay_encoder.hourly` of [`MedHMPModel`] and are taken over as they are.
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        hidden_size = config.hidden_size
-        self.input_lstm = nn.LSTM(config.num_hourly_features, hidden_size, batch_first=True)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.norm = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
-        self.lstm = nn.LSTM(hidden_size, hidden_size, 2, batch_first=True)
-
-    def forward(self, values: torch.Tensor) -> torch.Tensor:
-        """(stays, hours, features) → (stays, hours, hidden)."""
-        return run_lstm(self.lstm, self.norm(self.dropout(run_lstm(self.input_lstm, values))))
-
-
 class UnimodalSeries(nn.Module):
     """`unimodal_lstm` and `transformer`: hours, states, the greatest value of each feature (MedHMP, Figure 4)."""
 
@@ -169,7 +151,7 @@ class UnimodalSeries(nn.Module):
         self.lstm: Any = None
         self.encoder: Any = None
         if config.medhmp_encoder:
-            self.hours = HoursLstm(config)
+            self.hours = HourlyEncoder(config)
         elif not recurrent:
             self.projection = nn.Linear(config.num_hourly_features, hidden_size)
         if recurrent:
@@ -182,7 +164,7 @@ class UnimodalSeries(nn.Module):
     def forward(self, values: torch.Tensor, mask: torch.Tensor) -> StayFeatures:
         """Hours → the vector of each stay, (stays, hidden)."""
         if self.hours is not None:
-            values = self.dropout(self.hours(values))
+            values = self.dropout(self.hours(HourlySeries(values, mask))[0])
         if self.lstm is not None:
             states = run_lstm(self.lstm, values)
         else:

@@ -24,10 +24,7 @@ from .modeling_masked_codes import MaskedCodes, checked_masks, masked_code_losse
 from .modeling_medhmp_admission import (
     AdmissionEncoder,
     init_layer,
-    mean_states,
-    new_note_encoder,
     owners_of_stays,
-    without_pooler,
 )
 from .modeling_medhmp_outputs import (
     EncodedAdmissions,
@@ -38,12 +35,13 @@ from .modeling_medhmp_outputs import (
     MedHMPStayModelOutput,
 )
 from .modeling_medhmp_stay import HourlyDecoder, StayEncoder
+from .modeling_note_encoder import NoteEncoderMixin, encoded_notes, new_note_encoder
 
 ANCHORS = (1, 2, 3)
 """The modalities that the contrastive loss compares with the others: diagnoses, medications, note (Eq 10)."""
 
 
-class MedHMPPreTrainedModel(PreTrainedModel):
+class MedHMPPreTrainedModel(NoteEncoderMixin, PreTrainedModel):
     """Weight initialisation, loading, and the declarations the library asks for."""
 
     config: MedHMPConfig
@@ -72,13 +70,6 @@ class MedHMPPreTrainedModel(PreTrainedModel):
                 f"{', '.join(lost)}. Load a folder that a MedHMP model was saved to."
             )
         return (model, info) if output_loading_info else model
-
-    def tie_weights(self, *args, **kwargs):
-        """Freezes the text encoder again: loading makes new parameters, and calls this at its end."""
-        super().tie_weights(*args, **kwargs)
-        encoder = getattr(getattr(self, self.base_model_prefix, self), "note_encoder", None)
-        if encoder is not None:
-            encoder.requires_grad_(not self.config.freeze_note_encoder)
 
 
 class MedHMPStayModel(MedHMPPreTrainedModel):
@@ -122,7 +113,12 @@ class MedHMPForStayPreTraining(MedHMPPreTrainedModel):
 
     @can_return_tuple
     def forward(self, **inputs) -> MedHMPForStayPreTrainingOutput:
-        """Encodes and decodes stays; inputs as in [`MedHMPStayModel`]."""
+        """Encodes and decodes stays.
+
+        Args:
+            **inputs: As in [`MedHMPStayModel`], and `hidden_features` (stays, features) bool: what the encoder does
+                not see and the decoder has to give all the same. The paper hides nothing.
+        """
         stays = self.medhmp.stay_encoder.encode(**inputs)
         values, mask = stays.series
         reconstruction = self.decoder(stays.state, mask.shape[1])
@@ -163,18 +159,8 @@ class MedHMPModel(MedHMPPreTrainedModel):
         super().__init__(config)
         self.stay_encoder = StayEncoder(config)
         self.admission_encoder = AdmissionEncoder(config)
-        # Of all modules under this one the library ties the weights of its children alone.
-        self.note_encoder: Any = None
-        if config.note_config is not None:
-            self.note_encoder = without_pooler(new_note_encoder(config.note_config))
+        self.note_encoder: Any = None if config.note_config is None else new_note_encoder(config.note_config)
         self.post_init()
-
-    def train(self, mode: bool = True):
-        """As always, but a frozen text encoder has no dropout."""
-        super().train(mode)
-        if self.note_encoder is not None and self.config.freeze_note_encoder:
-            self.note_encoder.eval()
-        return self
 
     def note_vectors(self, note_input_ids, note_attention_mask=None) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens of notes → what `forward` takes in their place, to be made once where the text encoder is frozen.
@@ -194,9 +180,8 @@ class MedHMPModel(MedHMPPreTrainedModel):
                 "`note_input_ids` need a text encoder, and the model has none (`note_config=None`). Give "
                 "`note_vectors`, or take an encoder with `with_note_encoder`."
             )
-        mask = torch.ones_like(note_input_ids) if note_attention_mask is None else note_attention_mask
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_note_encoder):
-            return mean_states(self.note_encoder, note_input_ids, mask.bool())
+            return encoded_notes(self.note_encoder, note_input_ids, note_attention_mask)
 
     def encode(
         self, stay_hours=None, stay_admissions=None, diagnosis_ids=None, medication_ids=None, **inputs

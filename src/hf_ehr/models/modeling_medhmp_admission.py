@@ -1,14 +1,13 @@
 """The admission level of MedHMP: sets of codes, any number of stays and a note → four tokens, and their fusion."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForTextEncoding
 from transformers import initialization as init
-from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
 
 from .modeling_medhmp_stay import TokenFusion
+from .modeling_note_encoder import given_vectors
 
 
 class CodeSetEncoder(nn.Module):
@@ -88,28 +87,6 @@ class NoteProjection(nn.Module):
         return self.norm(self.projection(vectors.to(self.projection.weight.dtype))).relu()
 
 
-def new_note_encoder(config) -> Any:
-    """A text encoder with fresh weights; of a family with a decoder (T5) its encoder alone."""
-    family = AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
-    return family.from_config(config)
-
-
-def mean_states(encoder: Any, input_ids: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Notes (notes, length) → means over the states of their `tokens` (notes, note_size), or 0; and which have any."""
-    there = tokens.any(dim=1)
-    seen = tokens | ~there[:, None]  # attention over nothing would be NaN
-    states = encoder(input_ids=input_ids, attention_mask=seen.long()).last_hidden_state
-    weights = tokens[..., None].to(states.dtype)
-    return (states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1), there
-
-
-def without_pooler(encoder: Any) -> Any:
-    """The encoder without a layer that nothing here reads, which would get no gradient."""
-    if getattr(encoder, "pooler", None) is not None:
-        encoder.pooler = None
-    return encoder
-
-
 class Modalities(NamedTuple):
     """The tokens of admissions, in the order stays, diagnoses, medications, note."""
 
@@ -149,18 +126,17 @@ class AdmissionEncoder(nn.Module):
         Raises:
             ValueError: The model reads no notes, or vectors are not as wide as it reads them.
         """
-        absent = self.missing.new_zeros(count, dtype=torch.bool)
         if self.note is None:
             if note_vectors is not None:
                 raise ValueError("A model with `note_size=None` reads no notes, got some. Leave them out.")
-            return self.missing.new_zeros(count, self.missing.shape[1]), absent
+            return self.missing.new_zeros(count, self.missing.shape[1]), self.missing.new_zeros(
+                count, dtype=torch.bool
+            )
         size = self.note.projection.in_features
         if note_vectors is None:
-            return self.note(self.missing.new_zeros(count, size)), absent
-        if note_vectors.shape[-1] != size:
-            raise ValueError(f"`note_vectors` must be `note_size={size}` wide, got {note_vectors.shape[-1]}.")
-        there = ~absent if note_mask is None else note_mask.bool()
-        return self.note(torch.where(there[:, None], note_vectors, 0)), there
+            note_vectors, note_mask = self.missing.new_zeros(count, size), self.missing.new_zeros(count)
+        vectors, there = given_vectors(note_vectors, note_mask, size)
+        return self.note(vectors), there
 
     def codes(self, kind: str, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids (admissions, codes) → tokens (admissions, hidden), and which admissions have a code."""

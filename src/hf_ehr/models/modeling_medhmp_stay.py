@@ -136,9 +136,13 @@ class StayEncoder(nn.Module):
         feature_values=None,
         hourly_values=None,
         demographics=None,
+        hidden_features=None,
         **kwargs,
     ) -> EncodedStays:
         """A batch of stays, as [`MedHMPStayModel`] takes it.
+
+        `hidden_features` (stays, features) bool is what the encoder reads as 0 at every hour; the series that it
+        returns holds it.
 
         Raises:
             ValueError: A stay is longer than `n_hours`, or the parts do not fit together.
@@ -152,7 +156,10 @@ class StayEncoder(nn.Module):
                 f"A stay must have at most `n_hours={self.n_hours}` hours, got {series.mask.shape[1]}. Cut it at the "
                 "end of the observation window."
             )
-        hours, cells = self.hourly(series)
+        seen = series
+        if hidden_features is not None:
+            seen = series._replace(values=series.values.masked_fill(hidden_features[:, None], 0))
+        hours, cells = self.hourly(seen)
         about = self.demographics(demographics.to(dtype)).to(dtype)
         state, attention = self.fusion(torch.stack([cells, about], dim=1))
         return EncodedStays(state, hours, attention, series)

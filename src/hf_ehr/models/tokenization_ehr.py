@@ -159,6 +159,22 @@ class EhrCodeTokenizer(PreTrainedTokenizerFast):
         strings = codes.tolist() if isinstance(codes, np.ndarray) else codes
         return np.fromiter(map(self._ids.__getitem__, strings), np.int32, len(strings))
 
+    def ids_in(self, other: "EhrCodeTokenizer") -> np.ndarray:
+        """Where the tokens of this vocabulary stand in another one, e.g. that of a model to learn from.
+
+        Returns:
+            (vocabulary,) int64: the id of a code there with back-off, of a special token by its role; -1 for none.
+        """
+        ids = other.codes_to_ids(self.convert_ids_to_tokens(list(range(len(self))))).astype(np.int64)
+        ids[np.isin(ids, other.all_special_ids)] = NO_ID
+        ids[self.all_special_ids] = NO_ID
+        # Med-BERT's own vocabulary has one id for padding and mask. The mask comes last: its row is what is read.
+        for role in SPECIAL_TOKENS:
+            mine, theirs = (getattr(tokenizer, f"{role}_id") for tokenizer in (self, other))
+            if mine is not None and theirs is not None:
+                ids[mine] = theirs
+        return ids
+
     def encode_patient(
         self, visits: Sequence[Iterable[str]] | Mapping, *, max_length: int = 512, truncation: bool = True
     ) -> dict[str, list[int]]:

@@ -222,7 +222,7 @@ def yaib_grid(engine: Engine, path: Path, stays: ir.Table) -> Extract:
         raise EhrDataError(f"`yaib` must be a folder with dyn.parquet, and {path} is not there.")
     schema = pq.read_schema(path)
     kind = schema.field("time").type if "time" in schema.names else None
-    if not pa.types.is_duration(kind):
+    if kind is None or not pa.types.is_duration(kind):
         raise EhrDataError(f"{path} column `time` must be a duration since the unit's admission, got {kind}.")
     variables = tuple(name for name in schema.names if name not in ("stay_id", "time") and not name.startswith("__"))
     columns = {"time": Column("int64", required=True)} | {name: Column() for name in variables}

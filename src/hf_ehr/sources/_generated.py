@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-GENERATED: Mapping[str, int] = {"synthetic": 45, "synthetic_text_codes": 70}
+GENERATED: Mapping[str, int] = {"synthetic": 45, "synthetic_icu": 550, "synthetic_text_codes": 70}
 """Name of the source → about how many events each of its patients has."""
 
 
@@ -30,6 +30,10 @@ def generate_shard(source: str, options: Mapping[str, Any], index: int, shards: 
 
         config = synthetic_text_codes.SyntheticTextCodesConfig(**options)
         return synthetic_text_codes.generate_shard(config, index, shards)
+    if source == "synthetic_icu":
+        from hf_ehr.sources import synthetic_icu
+
+        return synthetic_icu.generate_shard(synthetic_icu.SyntheticIcuConfig(**options), index, shards)
     from hf_ehr.sources import synthetic
 
     return synthetic.generate_shard(synthetic.SyntheticConfig(**options), index, shards)
@@ -45,6 +49,10 @@ def expected_events(source: str, options: Mapping[str, Any]) -> int:
         from hf_ehr.sources.synthetic_text_codes import SyntheticTextCodesConfig
 
         return SyntheticTextCodesConfig(**options).patients * GENERATED[source]
+    if source == "synthetic_icu":
+        from hf_ehr.sources.synthetic_icu import SyntheticIcuConfig
+
+        return SyntheticIcuConfig(**options).patients * GENERATED[source]
     from hf_ehr.sources.synthetic import SyntheticConfig
 
     return SyntheticConfig(**options).patients * GENERATED[source]
@@ -53,8 +61,8 @@ def expected_events(source: str, options: Mapping[str, Any]) -> int:
 def generated_labels(source: str, truth: Sequence[Path]) -> dict[str, pa.Table]:
     """LABELS that only the truth holds, by task.
 
-    The outcomes of ``synthetic_text_codes`` are seen in its events: the named tasks label them, and its truth has the
-    probabilities.
+    The outcomes of ``synthetic_icu`` and ``synthetic_text_codes`` are seen in their events: the named tasks label them,
+    and the truth has the probabilities.
 
     Args:
         source: One of ``GENERATED``.

@@ -64,6 +64,27 @@ def _without_overlap(stays: ir.Table) -> ir.Table:
     return stays.select(_patient="subject_id", _enter="intime", _leave=leave, _visit="hadm_id", _in="stay_id")
 
 
+def _in_stays(table: ir.Table, stays: ir.Table | None, stay: str | None, time: str) -> ir.Table:
+    """Adds ``_stay``: the stay that a row names, else the one that holds its ``time``, whose admission it then has."""
+    import ibis
+
+    table = table.mutate(_stay=table[stay] if stay else ibis.null("int64"))
+    if stays is None:
+        return table
+    spans = _without_overlap(stays)
+    inside = [
+        table["subject_id"] == spans["_patient"],
+        table[time] >= spans["_enter"],
+        table[time] < spans["_leave"],
+    ]
+    table = table.left_join(spans, inside)
+    same = table["hadm_id"].isnull() | (table["hadm_id"] == table["_visit"])
+    found = ibis.ifelse(same, table["_in"], ibis.null("int64"))
+    return table.mutate(
+        _stay=ibis.coalesce(table["_stay"], found), hadm_id=ibis.coalesce(table["hadm_id"], table["_visit"])
+    )
+
+
 def measurement_extract(
     engine: Engine, path: Path, visits: ir.Table, stays: ir.Table | None, stay: str | None
 ) -> Extract:
@@ -97,18 +118,7 @@ def measurement_extract(
         scan.table, scan.table["error"] == 1, file=path.name, column="error", reason="marked as error"
     )
     table, orphans = of_visits(table, visits, path.name, required=False)
-    table = table.mutate(_stay=table[stay] if stay else ibis.null("int64"))
-    if stays is not None:
-        spans = _without_overlap(stays)
-        inside = [
-            table["subject_id"] == spans["_patient"],
-            table["charttime"] >= spans["_enter"],
-            table["charttime"] < spans["_leave"],
-        ]
-        table = table.left_join(spans, inside)
-        same = table["hadm_id"].isnull() | (table["hadm_id"] == table["_visit"])
-        found = ibis.ifelse(same, table["_in"], ibis.null("int64"))
-        table = table.mutate(_stay=ibis.coalesce(table["_stay"], found))
+    table = _in_stays(table, stays, stay, "charttime")
     events = as_events(
         table,
         subject_id=table["subject_id"],
@@ -120,5 +130,54 @@ def measurement_extract(
         stay_id=table["_stay"],
         kind="measurement",
         available_at=ibis.coalesce(table["storetime"], table["charttime"]),
+    )
+    return Extract(path.name.split(".")[0].lower(), events, [scan.rejected, wrong, orphans])
+
+
+def treatment_extract(
+    engine: Engine, path: Path, visits: ir.Table, stays: ir.Table | None, stay: str, *, infused: bool
+) -> Extract:
+    """Events of PROCEDUREEVENTS (ventilation, lines) or INPUTEVENTS (vasopressors, fluids): ``MIMIC_ITEM/itemid``.
+
+    An event is the start of a procedure, with the value 1, or of an infusion or a change of it, with the rate as value
+    and its unit as text. Durations, amounts and how it ended are left out: they are known only when it is over.
+
+    Args:
+        engine: The engine.
+        path: The file, of MetaVision: the CareVue tables of MIMIC-III have other items.
+        visits: Valid admissions.
+        stays: Valid stays of :func:`read_stays`, if there are any.
+        stay: Name of the column with the stay's id.
+        infused: Whether the file has rates.
+    """
+    columns = {
+        "subject_id": Column("int64", required=True),
+        "hadm_id": Column("int64"),
+        stay: Column("int64"),
+        "itemid": Column("int64", required=True),
+        "starttime": Column("timestamp", required=True),
+        "cancelreason": Column("int64", optional=True),
+        "statusdescription": Column(optional=True),
+    }
+    columns |= {"rate": Column("float64"), "rateuom": Column()} if infused else {}
+    scan = engine.scan(path, columns)
+    cancelled = (scan.table["cancelreason"] > 0).fill_null(False)
+    never = cancelled | (scan.table["statusdescription"] == "Rewritten")
+    table, wrong = reject(
+        scan.table, never, file=path.name, column="statusdescription", reason="cancelled or rewritten: never given"
+    )
+    table, orphans = of_visits(table, visits, path.name, required=False)
+    table = _in_stays(table, stays, stay, "starttime")
+    events = as_events(
+        table,
+        subject_id=table["subject_id"],
+        time=table["starttime"],
+        code="MIMIC_ITEM/" + table["itemid"].cast("string"),
+        visit_id=table["hadm_id"],
+        stay_id=table["_stay"],
+        kind="measurement",
+        available_at=table["starttime"],
+        numeric_value=table["rate"] if infused else 1.0,
+        text_value=table["rateuom"] if infused else None,
     )
     return Extract(path.name.split(".")[0].lower(), events, [scan.rejected, wrong, orphans])

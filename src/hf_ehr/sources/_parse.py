@@ -15,6 +15,7 @@ _FLOAT = r"^[+-]?([0-9]+[.]?[0-9]*|[.][0-9]+)([eE][+-]?[0-9]+)?$"
 _CLOCK = r"^[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}([ T][0-9]{1,2}:[0-9]{2}(:[0-9]{2}([.][0-9]+)?)?)?"
 _ZONE = r"(Z|[+-][0-9]{2}(:[0-9]{2})?)$"
 _COMPACT_DATE = r"^[0-9]{8}$"
+_LARGEST = 3.4e38  # what the 32 bits of `numeric_value` hold; engines differ on, or stop at, anything beyond
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def as_value(raw: ir.Column, text: ir.StringValue, dtype: ColumnType) -> ir.Valu
     if raw.type().is_floating() and dtype == "int64":  # pandas writes integers with nulls as floats
         return ibis.ifelse(raw == raw.floor(), raw, ibis.null("float64")).cast("int64")
     if raw.type().is_numeric() and dtype in ("int64", "float64"):
-        return raw.cast(dtype)
+        return _finite(raw.cast(dtype)) if dtype == "float64" else raw.cast(dtype)
     if raw.type().is_temporal() and dtype in ("timestamp", "date"):
         return raw.cast("timestamp").cast(dtype)
     if dtype == "string":
@@ -58,7 +59,7 @@ def as_value(raw: ir.Column, text: ir.StringValue, dtype: ColumnType) -> ir.Valu
         good = ibis.ifelse(text.re_search(_INTEGER), text, ibis.null("string"))
         return ibis.ifelse(good.contains("."), good.re_replace("[.]0*$", ""), good).try_cast("int64")
     if dtype == "float64":
-        return ibis.ifelse(text.re_search(_FLOAT), text, ibis.null("string")).try_cast("float64")
+        return _finite(ibis.ifelse(text.re_search(_FLOAT), text, ibis.null("string")).try_cast("float64"))
     dashed = text.substr(0, 4) + "-" + text.substr(4, 2) + "-" + text.substr(6, 2)
     iso = ibis.cases(
         (text.re_search(_CLOCK + "$"), text),
@@ -66,3 +67,10 @@ def as_value(raw: ir.Column, text: ir.StringValue, dtype: ColumnType) -> ir.Valu
         (text.re_search(_CLOCK + _ZONE), text.re_extract(_CLOCK, 0)),
     )
     return iso.try_cast("timestamp").cast(dtype)
+
+
+def _finite(number: ir.NumericValue) -> ir.NumericValue:
+    """Null where ``number`` is NaN, infinite or beyond ``_LARGEST``."""
+    import ibis
+
+    return ibis.ifelse(number.abs() <= _LARGEST, number, ibis.null("float64"))

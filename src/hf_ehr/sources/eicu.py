@@ -56,7 +56,8 @@ def eicu(
       the minute; stays are placed by ``hospitaladmitoffset``.
     - The data says only in which year a visit ended. A patient's visits are put in the order of that year, within it
       one that ended by death last, then by age, then by id: at least a year apart, from 1 January of the first year
-      on. Their distance is made up, and so is the order within a year; a warning counts them.
+      on. Their distance is made up, and so is the order within a year; a warning counts them, and the time axis
+      ``visit`` keeps tasks that compare visits away.
     - Ages are whole years; ``> 89`` counts as 90. Ethnicity becomes ``Race/…``.
     - A diagnosis is known when it was charted, first those of priority Primary, then Major, then Other. Its field can
       name the same disease in ICD-9 and ICD-10; a code that fits both shapes (V62.84) is ICD-9.
@@ -103,7 +104,7 @@ def eicu(
             extracts.append(read(engine, found, stays))
     if yaib is not None:
         extracts.append(tables.yaib_grid(engine, Path(input_dir) / yaib / "dyn.parquet", stays))
-    return Source("eicu", extracts, "shifted", warnings)
+    return Source("eicu", extracts, "visit", warnings)
 
 
 def _stays(engine: Engine, path: Path) -> tuple[ir.Table, list[ir.Table]]:

@@ -66,7 +66,7 @@ class Source:
     Attributes:
         name: Name of the source, e.g. ``mimic3``.
         extracts: One for each input table.
-        time_axis: ``calendar``, ``shifted`` or ``order``, see ``schema.DatasetInfo``.
+        time_axis: ``calendar``, ``shifted``, ``visit`` or ``order``, see ``schema.DatasetInfo``.
         warnings: What a reader of the data should know.
         labels: Label sets that come with the data, each in the columns of ``schema.LABEL_SCHEMA``.
     """

@@ -18,6 +18,8 @@ OPTIONAL_TABLES = {
     "NOTEEVENTS": "notes",
     "LABEVENTS": "laboratory measurements",
     "CHARTEVENTS": "bedside measurements",
+    "PROCEDUREEVENTS_MV": "bedside procedures (ventilation)",
+    "INPUTEVENTS_MV": "infusions (vasopressors)",
 }
 
 
@@ -30,7 +32,8 @@ def mimic3(engine: Engine, input_dir: Path, *, measurements: bool = False, billi
     Args:
         engine: The engine.
         input_dir: Folder of the tables, CSV (``.csv``, ``.csv.gz``) or Parquet, names in any case.
-        measurements: Whether to read LABEVENTS and CHARTEVENTS; what was measured in a stay is under that stay.
+        measurements: Whether to read LABEVENTS, CHARTEVENTS, PROCEDUREEVENTS_MV and INPUTEVENTS_MV; what was measured
+            or given in a stay is under that stay. Treatments of CareVue's stays (before 2008) are not read.
         billing_lag_days: Days from discharge until billing codes exist.
 
     Raises:
@@ -76,4 +79,9 @@ def mimic3(engine: Engine, input_dir: Path, *, measurements: bool = False, billi
     for name, stay in {"LABEVENTS": None, "CHARTEVENTS": "icustay_id"}.items():
         if measurements and name in tables:
             extracts.append(_mimic_stays.measurement_extract(engine, tables[name], visits, stays, stay))
+    for name, infused in {"PROCEDUREEVENTS_MV": False, "INPUTEVENTS_MV": True}.items():
+        if measurements and name in tables:
+            extracts.append(
+                _mimic_stays.treatment_extract(engine, tables[name], visits, stays, "icustay_id", infused=infused)
+            )
     return Source("mimic3", extracts, "shifted", warnings)

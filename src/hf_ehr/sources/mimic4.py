@@ -16,6 +16,8 @@ OPTIONAL_TABLES = {
     "radiology": "radiology reports (MIMIC-IV-Note)",
     "labevents": "laboratory measurements",
     "chartevents": "bedside measurements",
+    "procedureevents": "bedside procedures (ventilation)",
+    "inputevents": "infusions (vasopressors)",
 }
 
 
@@ -29,7 +31,8 @@ def mimic4(engine: Engine, input_dir: Path, *, measurements: bool = False, billi
     Args:
         engine: The engine.
         input_dir: Folder with ``hosp``, ``icu`` and, of MIMIC-IV-Note, ``note``; or with all the files in it.
-        measurements: Whether to read labevents and chartevents; what was measured in a stay is under that stay.
+        measurements: Whether to read labevents, chartevents, procedureevents and inputevents; what was measured or
+            given in a stay is under that stay.
         billing_lag_days: Days from discharge until billing codes exist.
 
     Raises:
@@ -77,4 +80,9 @@ def mimic4(engine: Engine, input_dir: Path, *, measurements: bool = False, billi
     for name, stay in {"labevents": None, "chartevents": "stay_id"}.items():
         if measurements and name in tables:
             extracts.append(_mimic_stays.measurement_extract(engine, tables[name], visits, stays, stay))
+    for name, infused in {"procedureevents": False, "inputevents": True}.items():
+        if measurements and name in tables:
+            extracts.append(
+                _mimic_stays.treatment_extract(engine, tables[name], visits, stays, "stay_id", infused=infused)
+            )
     return Source("mimic4", extracts, "shifted", warnings)

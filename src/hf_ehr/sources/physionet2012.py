@@ -49,7 +49,8 @@ def physionet2012(engine: Engine, input_dir: Path, *, part: ChallengeSet | None 
       with the disposition of ``In-hospital_death``; ``Survival`` times the death. ``SAPS-I``, ``SOFA`` and
       ``Length_of_stay`` are events of the visit at discharge and outside of the stay, so that they are in EVENTS for
       a baseline and never among a stay's measurements.
-    - An unknown ``Length_of_stay``, or one below the two days that every stay lasted at least, counts as two days.
+    - An unknown ``Length_of_stay``, or one below the two days that every stay lasted at least, counts as two days; so
+      does a ``Survival`` below them of who died in hospital (26 of set A), whose records go on until hour 48.
       When the patient left the unit is not in the data: the stay ends with the visit.
     - A record without an outcome has no discharge, so tasks on the discharge leave it out.
 
@@ -215,7 +216,7 @@ def _outcomes(
         survival=rows["Survival"].nullif(-1),
         **{name: rows[name].nullif(-1) for name in SCORES},
     )
-    contradicts = ~outcomes["died"] & (outcomes["survival"] <= outcomes["days"])
+    contradicts = ~outcomes["died"] & (outcomes["survival"] <= _at_least_two(outcomes["days"]))
     kept = outcomes.mutate(
         survival=ibis.ifelse(contradicts.fill_null(False), ibis.null("int64"), outcomes["survival"])
     )
@@ -253,13 +254,13 @@ def _outcome_events(records: ir.Table) -> ir.Table:
     """End of the stay, of the visit and of the life, and the scores."""
     import ibis
 
-    least = ibis.greatest(records["days"].fill_null(_LEAST_DAYS), _LEAST_DAYS)
-    records = records.mutate(end=_end_of_day(records["start"], least), died=records["died"])
+    records = records.mutate(end=_end_of_day(records["start"], _at_least_two(records["days"])))
     known = records.filter(records["died"].notnull())
     gone = known.mutate(code=ibis.ifelse(known["died"], "Discharge/died", "Discharge/unknown"))
     dead = known.filter(known["died"] | known["survival"].notnull())
-    survived = _end_of_day(dead["start"], dead["survival"])
-    time = ibis.ifelse(dead["died"], ibis.least(survived.fill_null(dead["end"]), dead["end"]), survived)
+    survived = _end_of_day(dead["start"], _at_least_two(dead["survival"]))
+    in_hospital = ibis.ifelse(dead["survival"].isnull(), dead["end"], ibis.least(survived, dead["end"]))
+    time = ibis.ifelse(dead["died"], in_hospital, survived)
     left = records.select(subject_id=LINE.record, time="end", code=ibis.literal("Stay/icu"), stay_id=LINE.record)
     events = [
         as_events(
@@ -282,6 +283,13 @@ def _outcome_events(records: ir.Table) -> ir.Table:
             )
         )  # fmt: skip
     return ibis.union(*events)
+
+
+def _at_least_two(days: ir.IntegerValue) -> ir.IntegerValue:
+    """``days``; the least that every record lasted where it is unknown or less."""
+    import ibis
+
+    return ibis.greatest(days.fill_null(_LEAST_DAYS), _LEAST_DAYS)
 
 
 def _end_of_day(start: ir.TimestampValue, days: ir.IntegerValue) -> ir.TimestampValue:

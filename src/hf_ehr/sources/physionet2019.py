@@ -27,6 +27,7 @@ LABS = (
 WARNING_HOURS = 6
 """``SepsisLabel`` turns 1 this many hours before the onset."""
 
+_SET_B = 100_000  # p000001 … are of set A, p100001 … of set B
 _DEMOGRAPHICS = ("Age", "Gender", "Unit1", "Unit2", "HospAdmTime")
 _START = "2000-01-01 00:00:00"
 _HOUR = 3_600
@@ -40,6 +41,7 @@ def physionet2019(engine: Engine, input_dir: Path) -> Source:
       when the patient left the hospital, so there is no discharge.
     - The 8 vitals and 26 labs are measurements ``CINC2019/HR``, …; ``HospAdmTime`` and, as text, ``Unit`` (MICU for
       ``Unit1``, SICU for ``Unit2``) are measurements of hour 0. ``Age`` gives the birth, ``Gender`` the sex (1 is M).
+    - Set A (numbers below 100,000) is of the hospital of MIMIC: a warning counts its patients, who may be in both.
     - ``SepsisLabel`` becomes one event, the diagnosis ``CINC2019/Sepsis`` at the onset, known from then on: 6 hours
       after the first labelled hour. Where the first row is labelled already, the onset may be any time until 6 hours
       later: the event is at the first row and known at that latest time, and says so in its text.
@@ -64,7 +66,13 @@ def physionet2019(engine: Engine, input_dir: Path) -> Source:
         Extract("measurements", measured, [impossible]),
         Extract("sepsis", _sepsis_events(stays)),
     ]
-    return Source("physionet2019", extracts, "shifted")
+    return Source("physionet2019", extracts, "shifted", _shared_hospital(records))
+
+
+def _shared_hospital(records: ir.Table) -> list[str]:
+    count = int(records.filter(records[LINE.record] < _SET_B).count().to_pyarrow().as_py())
+    warning = f"{count:,} patients are of set A, from the hospital of MIMIC: never train on one and test on the other."
+    return [warning] if count else []
 
 
 def _rows(engine: Engine, input_dir: Path) -> tuple[ir.Table, ir.Table, ir.Table]:

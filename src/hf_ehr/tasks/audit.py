@@ -25,8 +25,15 @@ T = TypeVar("T")
 
 SALT = "hf_ehr"
 SPLITS = ("train", "validation", "test")
-SHARED_PATIENTS = ({"mimic3", "mimic4"},)
-"""Sources that hold the same people under different ids: MIMIC-III and MIMIC-IV share the admissions of 2008–2012."""
+SHARED_PATIENTS = (
+    {"mimic3", "mimic4"},
+    {"physionet2012", "mimic3"},
+    {"physionet2012", "mimic3_carevue"},
+    {"physionet2012", "mimic4"},
+)
+"""Sources that hold the same people under different ids. MIMIC-III and MIMIC-IV share the admissions of 2008–2012. The
+challenge of 2012 was drawn from MIMIC-II (Scott et al. 2013, doi 10.1186/1472-6947-13-9), whose patients are in
+MIMIC-III, in its CareVue subset too; those of them who came back after 2008 are in MIMIC-IV."""
 
 
 class LeakageError(ValueError):
@@ -139,7 +146,8 @@ class SplitManifest:
                 raise LeakageError(
                     "L1",
                     f"`{self.source}` and `{earlier.source}` share people under different ids.",
-                    "Use the CareVue subset of MIMIC-III (source `mimic3_carevue`), or one source.",
+                    "Use one source, or one of other hospitals; MIMIC-III has a CareVue subset without the people of "
+                    "MIMIC-IV (source `mimic3_carevue`).",
                 )
         if self.salt_check != earlier.salt_check:
             raise ValueError("`salt` must be the same in both manifests: their hashes cannot be compared.")

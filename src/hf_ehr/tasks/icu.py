@@ -28,6 +28,9 @@ SHOCK_ITEMS = (
     "ICU/vasopressor",
 )
 """FIDDLE's five vasopressors."""
+CAREVUE = ("^MIMIC_ITEM/[0-9]{1,5}$",)
+"""Items of CareVue and of the laboratory. A stay of MIMIC-III that has no others was charted in CareVue, where these
+treatments have other items: it would pass for a negative. FIDDLE takes the stays of MetaVision for the same reason."""
 # The paper names the diseases and no codes; these are our readings.
 COPD_CODES = ("ICD9CM/491*", "ICD9CM/492*", "ICD9CM/496*", "ICD10CM/J4[134]*")
 AMNESIA_CODES = (
@@ -108,12 +111,21 @@ def stay_onset(outcome: str, hours: int, gap_hours: int = 0, horizon_hours: int 
         name=name + ("" if horizon_hours is None else f"_within{horizon_hours}"),
         description=f"First treatment of {'respiratory failure' if outcome == 'arf' else 'shock'} (FIDDLE) in "
         f"{within}, asked {hours} hours after the start of an adult's intensive care stay, gap {gap_hours} hours. "
-        "Stays that are over, or with an onset until the end of the gap, are left out.",
-        predicates={**_STAY, "onset": Predicate(kind="measurement", codes=items[outcome])},
+        "Stays that are over, in which nothing was charted by then (or in CareVue only), or with an onset until the "
+        "end of the gap, are left out.",
+        predicates={
+            **_STAY,
+            "charted": Predicate(kind="measurement", codes=("*/*",), except_codes=CAREVUE),
+            "onset": Predicate(kind="measurement", codes=items[outcome]),
+        },
         trigger="stay",
         windows=_windows(hours)
         | {"until_gap": Window("trigger", waited), "target": Window(waited, end, start_inclusive=False)},
-        rules=(*_asked_in_the_stay(hours), Rule("onset_before", "until_gap", "onset", max=0, scope="visit")),
+        rules=(
+            *_asked_in_the_stay(hours),
+            Rule("treatments_not_charted", "seen", "charted", min=1, scope="visit"),
+            Rule("onset_before", "until_gap", "onset", max=0, scope="visit"),
+        ),
         outcome=Outcome("target", "onset", scope="visit"),
         expected_prevalence=(0.01, 0.5),
         leaks=(

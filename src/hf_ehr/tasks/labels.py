@@ -33,7 +33,8 @@ def label_dataset(task: TaskSpec | str, directory: str | Path, *, progress: bool
         The path of the Parquet file.
 
     Raises:
-        EhrDataError: The folder is not prepared, knows no intervals but the task needs them, or holds no candidate.
+        EhrDataError: The folder is not prepared, knows no intervals but the task needs them (of visits: but the task
+            compares them), or holds no candidate.
         ValueError: No task has this name.
     """
     directory = Path(directory)
@@ -117,6 +118,11 @@ class _Flow:
         low, high = spec.expected_prevalence or (0, 1)
         if prevalence is not None and not low <= prevalence <= high:
             warnings.append(f"The prevalence {prevalence:.4f} lies outside the expected {low} to {high}.")
+        if self.labels and not self.positives:
+            warnings.append(
+                f"No label is positive: `{spec.outcome.predicate}` may not be recorded in these data at all, and then "
+                "nobody is known to be a negative."
+            )
         return {
             "task": spec.name,
             "candidates": self.candidates,
@@ -145,6 +151,12 @@ def _check_intervals(spec: TaskSpec, info: DatasetInfo) -> None:
         raise EhrDataError(
             f"`{spec.name}` needs intervals between events, but `{info.source}` knows only their order, so "
             "intervals are unknown (time_axis: order). Use the label file that came with the data set (labels/)."
+        )
+    if info.time_axis == "visit" and spec.compares_visits:
+        raise EhrDataError(
+            f"`{spec.name}` compares visits, but in `{info.source}` times are true within a visit only (time_axis: "
+            "visit): the distance of visits, and some of their order, is made up. Take a task that asks about one "
+            "visit (icu_mortality_t48, prolonged_stay_at_48h), or data with dates."
         )
 
 

@@ -170,6 +170,27 @@ class TaskSpec:
         stays = (p.longer_than_days is not None for p in self.predicates.values())
         return any(bound.offset or bound.clock is not None for bound in self._bounds) or any(aged) or any(stays)
 
+    @property
+    def compares_visits(self) -> bool:
+        """Whether when something happened outside of the trigger's visit decides anything.
+
+        Rules on births and earlier deaths do not count: these are of no visit. Nor does the whole record, which has no
+        before and after.
+        """
+        rules = [rule for rule in self.rules if not self._is_of_no_visit(rule.predicate)]
+        asked = [(rule.scope, rule.window) for rule in rules] + [(self.outcome.scope, self.outcome.window)]
+        beyond = any(scope != "visit" and self.windows[window] != Window(None, None) for scope, window in asked)
+        backed = any(p.confirmed_by and p.confirmed == "so_far" for p in self.predicates.values())
+        earlier = any(bound and bound.offset < 0 for _, bound in bounds_behind(self.windows, self.prediction))
+        return beyond or backed or earlier or self.censoring != Censoring()
+
+    def _is_of_no_visit(self, name: str) -> bool:
+        if name == ANY_EVENT:
+            return False
+        predicate = self.predicates[name]
+        parts = predicate.any_of
+        return all(map(self._is_of_no_visit, parts)) if parts else predicate.kind in ("birth", "death")
+
     def label(self, records: pa.Table, *, present: frozenset[str] | None = None) -> tuple[pa.Table, dict[str, int]]:
         """The labels of these patients, and who was left out.
 

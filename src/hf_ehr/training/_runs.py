@@ -37,7 +37,10 @@ RUN_SETTINGS = (
     "weight_decay", "warmup_steps", "lr_scheduler_type", "optim", "adam_beta1", "adam_beta2", "adam_epsilon",
     "max_grad_norm", "seed", "bf16", "fp16",
 )  # fmt: skip
-IDENTITY = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "dataset.json")
+IDENTITY = (
+    "config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "preprocessor_config.json",
+    "processor_config.json", "dataset.json",
+)  # fmt: skip
 PREDICT_TOKENS = 65_536
 """Codes scored at a time outside training."""
 
@@ -183,8 +186,10 @@ def _content(value: Any) -> Any:
     """An option; of a folder a digest of the files that make a model, a tokenizer or prepared data what they are."""
     if not isinstance(value, str) or not value or not Path(value).is_dir():
         return value
-    files = sorted(path for path in Path(value).iterdir() if path.name in IDENTITY or path.suffix == ".safetensors")
-    return [(path.name, _digest(path.read_bytes())) for path in files]
+    # A processor keeps its tokenizers in folders of their own.
+    found = [*Path(value).iterdir(), *Path(value).glob("*_tokenizer/*")]
+    files = sorted(path for path in found if path.name in IDENTITY or path.suffix == ".safetensors")
+    return [(str(path.relative_to(value)), _digest(path.read_bytes())) for path in files]
 
 
 def _digest(content: bytes) -> str:

@@ -55,7 +55,10 @@ class FinetuneArguments:
         default=True,
         metadata={"help": "Start the head `ffn` from a regression on frozen patient vectors."},
     )
-    head: str = field(default="ffn", metadata={"help": "ffn (Med-BERT only), gru, bigru or retain."})
+    head: str = field(
+        default="ffn",
+        metadata={"help": "ffn (Med-BERT only), gru, bigru, retain, lstm, dipole, adacare or hitanet."},
+    )
 
 
 def finetune(data: DataArguments, options: FinetuneArguments, training: TrainingArguments) -> Path:

@@ -6,11 +6,13 @@ records ─ hourly features, fitted on the training patients ─▶ stays ─▶
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
@@ -21,7 +23,7 @@ from hf_ehr.models.configuration_medhmp import MedHMPConfig
 from hf_ehr.models.feature_extraction_hourly import HourlyFeatureExtractor
 from hf_ehr.models.hourly_series import HourlySeries
 from hf_ehr.models.modeling_medhmp import MedHMPForStayClassification, MedHMPForStayPreTraining
-from hf_ehr.stay_collators import StayCollator
+from hf_ehr.stay_collators import StayCollator, VariableHiding
 from hf_ehr.stay_datasets import build_stay_examples
 from hf_ehr.tasks.audit import SplitManifest, check_fitted_on
 from hf_ehr.training._runs import (
@@ -86,6 +88,10 @@ class StayPretrainArguments:
         default=None, metadata={"help": "Folder of hourly features (`hf-ehr fit-hourly`); fitted here when left out."}
     )
     feature_options: str = field(default="{}", metadata={"help": "Arguments of fit_hourly_features as JSON."})
+    hidden_variables: float = field(
+        default=0.0,
+        metadata={"help": "Share of a stay's variables to hide and still reconstruct; the paper hides none."},
+    )
 
 
 @dataclass
@@ -129,15 +135,16 @@ def pretrain_stays(
     }
     torch.manual_seed(training.seed)
     model = MedHMPForStayPreTraining(stay_config(options, extractor))
+    collate = StayCollator(_hiding(options, extractor, training))
     trainer = Trainer(
-        model, run_arguments(training, remove_unused_columns=False), StayCollator(),
+        model, run_arguments(training, remove_unused_columns=False), collate,
         train_dataset=examples["train"].with_format("numpy"),
     )  # fmt: skip
     quiet(trainer).train(resume_from_checkpoint=last_checkpoint(training))
     figures = held_out_stays(model, examples["validation"], examples["train"])
     if trainer.is_world_process_zero():
         trainer.save_model(str(training.output_dir))
-        extractor.save_pretrained(training.output_dir)
+        extractor.save_pretrained(output_of(training))
         data.manifest(splits).save(output_of(training) / SPLITS_FILE)
         run.finish({"held_out": figures, **asdict(options)})
     return figures
@@ -154,45 +161,77 @@ def features_of(data: StayArguments, options: StayPretrainArguments, train: np.n
     return extractor
 
 
-def stay_config(options: StayPretrainArguments, extractor: HourlyFeatureExtractor) -> MedHMPConfig:
-    """Preset, options and the sizes of the features."""
-    presets = {"base": MedHMPConfig, "paper": MedHMPConfig.paper, "tiny": MedHMPConfig.tiny}
+def _hiding(
+    options: StayPretrainArguments, extractor: HourlyFeatureExtractor, training: TrainingArguments
+) -> VariableHiding | None:
+    if not options.hidden_variables:
+        return None
+    return VariableHiding(extractor.recipe.variables[extractor.kept], options.hidden_variables, training.seed)
+
+
+def stay_config(options: StayPretrainArguments, extractor: HourlyFeatureExtractor, **fields: Any) -> MedHMPConfig:
+    """Preset, options, the sizes of the features, and further `fields`, over which options go."""
+    presets: dict[str, Any] = {"base": MedHMPConfig, "paper": MedHMPConfig.paper, "tiny": MedHMPConfig.tiny}
     if options.preset not in presets:
         raise ValueError(f"`preset` must be one of {', '.join(presets)}, got {options.preset!r}.")
     sizes = {name: getattr(extractor, name) for name in ("num_hourly_features", "num_demographics", "n_hours")}
-    fields: dict[str, Any] = sizes | {"note_size": None} | json_options(options.model_options, "model_options")
-    return presets[options.preset](**fields)
+    options_given = json_options(options.model_options, "model_options")
+    return presets[options.preset](**({"note_size": None} | sizes | fields | options_given))
+
+
+class Level(NamedTuple):
+    """What classifiers of stays and of admissions do each in its own way, for :func:`fine_tuned`."""
+
+    open_processor: Callable[[str], Any]
+    """Folder → what encodes examples."""
+    fitted_on: Callable[[Any], list[str | None]]
+    """Fingerprints of the patients that its parts were fitted on."""
+    new_classifier: Callable[..., Any]
+    labelled: Callable[..., datasets.Dataset]
+    """As :func:`labelled_stays`, with the model before."""
+    fit: Callable[..., None]
+    predict: Callable[..., np.ndarray]
 
 
 def finetune_stays(data: StayArguments, options: StayFinetuneArguments, training: TrainingArguments) -> Path:
     """Fine-tunes a classifier of stays; the folder holds model, features, threshold, splits and how it was made.
 
-    The best epoch by validation AUROC is kept, the linear probe itself included; the F1 threshold is tuned on
-    validation and stored in `config.thresholds`.
+    The model may be of stage 1 or of stage 2, whose stay encoder is taken. The best epoch by validation AUROC is kept,
+    the linear probe itself included; the F1 threshold is tuned on validation and stored in `config.thresholds`.
 
     Raises:
         LeakageError: A patient held out here was seen in pre-training, or the features saw other patients.
         EhrDataError: No label is asked within a stay, or `output_dir` holds another run.
     """
+    stays = Level(
+        HourlyFeatureExtractor.from_pretrained, lambda extractor: [extractor.fitted_on], new_stay_classifier,
+        lambda model, *arguments: labelled_stays(*arguments), fit_stay_classifier, predict_stays,
+    )  # fmt: skip
+    return fine_tuned(data, options, training, stays)
+
+
+def fine_tuned(data: StayArguments, options: StayFinetuneArguments, training: TrainingArguments, level: Level) -> Path:
+    """What :func:`finetune_stays` and :func:`hf_ehr.training.finetune_admissions` share: all but the `level`."""
     splits = data.splits()
     check_earlier_stage(options.model, data.manifest(splits))
     output, run = output_of(training), Run(training, FINETUNE_FILE, data, options)
     if run.finished:
         return output
-    extractor = HourlyFeatureExtractor.from_pretrained(options.model)
-    check_fitted_on(extractor.fitted_on or "", splits["train"])
+    processor = level.open_processor(options.model)
+    for fingerprint in level.fitted_on(processor):
+        check_fitted_on(fingerprint or "", splits["train"])
+    model = level.new_classifier(options, training.seed)
     examples = {
-        name: labelled_stays(data, options, extractor, splits, name, output / "examples" / name)
+        name: level.labelled(model, data, options, processor, splits, name, output / "examples" / name)
         for name in ("train", "validation")
     }
-    model = new_stay_classifier(options, training.seed)
-    fit_stay_classifier(model, examples["train"], examples["validation"], training, options.linear_probe)
+    level.fit(model, examples["train"], examples["validation"], training, options.linear_probe)
     held = np.asarray(examples["validation"]["labels"])
-    threshold = best_f1_threshold(held, predict_stays(model, examples["validation"]))
+    threshold = best_f1_threshold(held, level.predict(model, examples["validation"]))
     model.config.thresholds = {task_name(options.task): float(threshold)}
     if training.process_index == 0:
         model.save_pretrained(output)
-        extractor.save_pretrained(output)
+        processor.save_pretrained(output)
         data.manifest(splits).save(output / SPLITS_FILE)
         settings = {name: getattr(training, name) for name in FINETUNE_SETTINGS}
         run.finish({"data": asdict(data), "options": asdict(options), "training": settings})
@@ -208,18 +247,31 @@ def labelled_stays(
     cache: Path | None = None,
 ) -> datasets.Dataset:
     """Examples of one split for a task; the training split is cut to `train_patients` (nested within a `draw`)."""
+    labels, ids = asked_of(data, options, splits, name)
+    return build_stay_examples(data.data, extractor, labels=labels, subject_ids=ids, cache_dir=cache)
+
+
+def asked_of(
+    data: StayArguments, options: StayFinetuneArguments, splits: dict[str, np.ndarray], name: str
+) -> tuple[pa.Table, np.ndarray]:
+    """LABELS of a task, and the patients of a split; those of `train` are cut to `train_patients`."""
     labels, ids = task_labels(data, options.task), splits[name]  # type: ignore[arg-type]
     if name == "train" and options.train_patients is not None:
         asked = np.intersect1d(ids, labels["subject_id"].to_numpy())
         ids = np.random.default_rng(options.draw).permutation(asked)[: options.train_patients]
-    return build_stay_examples(data.data, extractor, labels=labels, subject_ids=ids, cache_dir=cache)
+    return labels, ids
+
+
+def label_names(options: StayFinetuneArguments) -> dict[str, Any]:
+    """What a classifier's configuration says of its two classes."""
+    task = task_name(options.task)
+    return {"id2label": {0: "no", 1: task}, "label2id": {"no": 0, task: 1}}
 
 
 def new_stay_classifier(options: StayFinetuneArguments, seed: int) -> MedHMPForStayClassification:
     """A classifier on the weights of `options.model`, or on fresh ones under `untrained`; its head is random."""
     torch.manual_seed(seed)
-    task = task_name(options.task)
-    names: dict[str, Any] = {"id2label": {0: "no", 1: task}, "label2id": {"no": 0, task: 1}}
+    names = label_names(options)
     if options.untrained:
         return MedHMPForStayClassification(MedHMPConfig.from_pretrained(options.model, **names))
     return MedHMPForStayClassification.from_pretrained(options.model, **names)
@@ -243,12 +295,25 @@ def fit_stay_classifier(
         linear_probe: Start from a regression on the frozen stays.
         patience: Epochs without a better one after which to stop; None runs all.
     """
+    fit_probed(model, train, validation, StayCollator(), training, linear_probe, patience)
+
+
+def fit_probed(
+    model: Any,
+    train: datasets.Dataset,
+    validation: datasets.Dataset,
+    collate: Callable[..., dict[str, torch.Tensor]],
+    training: TrainingArguments,
+    linear_probe: bool,
+    patience: int | None,
+) -> None:
+    """As :func:`fit_stay_classifier`, for the batches that `collate` makes."""
     if linear_probe:
-        states, held = (stay_outputs(model, part, "pooler_output") for part in (train, validation))
+        states, held = (outputs_of(model, part, collate, "pooler_output") for part in (train, validation))
         set_probe(model.classifier, states, np.asarray(train["labels"]), held, np.asarray(validation["labels"]))
     fit_best_epoch(
-        model, train.with_format("numpy"), validation.with_format("numpy"), StayCollator(),
-        lambda tuned: predict_stays(tuned, validation), training, patience=patience,
+        model, train.with_format("numpy"), validation.with_format("numpy"), collate,
+        lambda tuned: positive(outputs_of(tuned, validation, collate, "logits")), training, patience=patience,
     )  # fmt: skip
 
 
@@ -259,7 +324,12 @@ def predict_stays(model: Any, examples: datasets.Dataset) -> np.ndarray:
 
 def stay_outputs(model: Any, examples: datasets.Dataset, name: str) -> np.ndarray:
     """One output of the model for each stay, (examples, features)."""
-    found = [getattr(outputs, name).float().cpu().numpy() for outputs, _ in _forward(model, examples)]
+    return outputs_of(model, examples, StayCollator(), name)
+
+
+def outputs_of(model: Any, examples: datasets.Dataset, collate: Callable, name: str) -> np.ndarray:
+    """One output of the model for each example, (examples, features)."""
+    found = [getattr(outputs, name).float().cpu().numpy() for outputs, _ in _forward(model, examples, collate)]
     return np.concatenate(found)
 
 
@@ -274,7 +344,7 @@ def held_out_stays(
     mean = torch.from_numpy(total / max(hours, 1)).float()
     error = guess = 0.0
     cells = 0
-    for outputs, batch in _forward(model, validation):
+    for outputs, batch in _forward(model, validation, StayCollator()):
         series = HourlySeries.of(width, **{name: batch[name] for name in HOURLY_INPUTS if name in batch})
         mask = series.mask[..., None]
         error += float((((outputs.reconstruction.float().cpu() - series.values) ** 2) * mask).sum())
@@ -287,18 +357,19 @@ HOURLY_INPUTS = ("stay_hours", "feature_ids", "feature_counts", "feature_values"
 
 
 def _series(examples: datasets.Dataset, width: int):
-    for batch in _loader(examples):
+    for batch in loader_of(examples, StayCollator(), STAYS_AT_A_TIME):
         yield HourlySeries.of(width, **{name: batch[name] for name in HOURLY_INPUTS if name in batch})
 
 
-def _forward(model: Any, examples: datasets.Dataset):
+def _forward(model: Any, examples: datasets.Dataset, collate: Callable):
     """Outputs and inputs of each batch, in order."""
     model.eval()
-    for batch in _loader(examples):
+    for batch in loader_of(examples, collate, STAYS_AT_A_TIME):
         inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
         with torch.no_grad():
             yield model(**inputs), batch
 
 
-def _loader(examples: datasets.Dataset) -> DataLoader:
-    return DataLoader(examples.with_format("numpy"), batch_size=STAYS_AT_A_TIME, collate_fn=StayCollator())
+def loader_of(examples: datasets.Dataset, collate: Callable, size: int) -> DataLoader:
+    """Batches of `size` examples, in order."""
+    return DataLoader(examples.with_format("numpy"), batch_size=size, collate_fn=collate)
