@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from .collators import IGNORED, _Masking, _rectangle
+from .collators import IGNORED, ObjectiveMasking, rectangle
 
 SETS = ("diagnosis", "medication")
 
 
-class CodeSetMasking(_Masking):
+class CodeSetMasking(ObjectiveMasking):
     """Masks some codes of each set: 80 % become ``[MASK]``, 10 % a code of the same vocabulary, 10 % stay (MedM-PLM).
 
     Of n codes ``round(probability × n)`` are chosen, at least one and at most ``most``; the authors draw them once for
@@ -153,7 +153,7 @@ def _sets(rows: Sequence[Mapping[str, Any]], name: str, lengths: np.ndarray, pad
     sets = [ids for row in rows for ids in row[name]]
     counts = np.array([len(ids) for ids in sets])
     flat = np.fromiter(chain.from_iterable(sets), np.int64, counts.sum())
-    padded = _rectangle(flat, counts, padding, max(int(counts.max(initial=0)), 1))
+    padded = rectangle(flat, counts, padding, max(int(counts.max(initial=0)), 1))
     return _spread(padded, lengths, padding)
 
 

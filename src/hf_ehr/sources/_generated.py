@@ -61,7 +61,7 @@ def expected_events(source: str, options: Mapping[str, Any]) -> int:
 def generated_labels(source: str, truth: Sequence[Path]) -> dict[str, pa.Table]:
     """LABELS that only the truth holds, by task.
 
-    The outcomes of ``synthetic_icu`` and ``synthetic_text_codes`` are seen in their events: the named tasks label them,
+    The outcomes of ``synthetic_icu`` and ``synthetic_text_codes`` are seen in their events: named tasks label them,
     and the truth has the probabilities.
 
     Args:
