@@ -163,9 +163,9 @@ class DictionaryMatcher:
             raise ValueError(f"`entities` must hold a list for each of the {len(texts)} texts, got {len(entities)}.")
         types: dict[tuple[str, ...], Counter[str]] = {}
         for text, given in zip(texts, entities, strict=True):
-            words = words_of(text)
+            spans = words_of(text)
             for entity in given:
-                key = tuple(_folded(text, (one for one in words if one[0] < entity.end and one[1] > entity.start)))
+                key = tuple(_folded(text, (one for one in spans if one[0] < entity.end and one[1] > entity.start)))
                 if key:
                     types.setdefault(key, Counter())[entity.type] += 1
         everything = cls({key: count.most_common(1)[0][0] for key, count in types.items()})
