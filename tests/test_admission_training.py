@@ -322,10 +322,11 @@ def test_a_finished_run_is_not_run_again_and_another_is_refused(data, stage1, st
     [
         ({"chunk_size": 0}, {}, "`chunk_size` must be at least 1"),
         ({"stays": "a", "features": "b"}, {}, "`features` must be left out"),
+        ({"hidden_variables": 0.5}, {}, "`hidden_variables` must be 0 in stage 2"),
         ({}, {"gradient_accumulation_steps": 2}, "`gradient_accumulation_steps` must be 1"),
         ({"preset": "huge"}, {}, "`preset` must be one of base, paper, tiny"),
     ],
-    ids=["chunk", "features", "accumulation", "preset"],
+    ids=["chunk", "features", "variables", "accumulation", "preset"],
 )
 def test_options_that_cannot_be_are_refused(data, tmp_path, fields, training, message):
     with pytest.raises(ValueError, match=message):

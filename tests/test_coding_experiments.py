@@ -43,7 +43,7 @@ pretraining:
 finetuning: {num_train_epochs: 2, per_device_train_batch_size: 8}
 rows:
   - {name: TF-IDF, model: tfidf_lr}
-  - {name: CAML, model: caml, model_options: {embedding_size: 8, hidden_size: 8}, learning_rates: [1.0e-3, 1.0e-2]}
+  - {name: CAML, model: caml, model_options: {embedding_size: 8, hidden_size: 8}, learning_rates: [1.0e-5, 5.0e-2]}
   - {name: XML, model: ehrbert, size: tiny, init: pretrained, max_length: 128}
   - name: XML, bf16
     model: ehrbert

@@ -144,5 +144,7 @@ def test_subsets_are_nested_and_a_finished_folder_is_another_runs_no_more(data, 
     assert few < more
     with pytest.raises(EhrDataError, match="another"):
         finetune_stays(data, StayFinetuneArguments(TASK, str(encoder[0]), draw=1), settings(classifier))
+    with pytest.raises(ValueError, match="`hidden_variables` must be at least 0 and below 1"):
+        pretrain_stays(data, replace(OPTIONS, hidden_variables=1.0), settings(tmp_path))
     with pytest.raises(ValueError, match="`preset` must be one of base, paper, tiny, got 'huge'"):
         pretrain_stays(data, replace(OPTIONS, preset="huge"), settings(tmp_path))

@@ -178,6 +178,11 @@ def _check(options: AdmissionPretrainArguments, training: TrainingArguments) -> 
         raise ValueError(f"`chunk_size` must be at least 1, got {options.chunk_size}.")
     if options.stays is not None and options.features is not None:
         raise ValueError("`features` must be left out with `stays`: the stay encoder reads the features beside it.")
+    if options.hidden_variables:
+        raise ValueError(
+            f"`hidden_variables` must be 0 in stage 2, which hides codes, got {options.hidden_variables}. Give it to "
+            "stage 1."
+        )
     if training.gradient_accumulation_steps != 1:
         raise ValueError(
             "`gradient_accumulation_steps` must be 1: admissions of two steps are not compared. Set "

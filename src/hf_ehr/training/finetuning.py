@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import torch
+from scipy.special import expit
 from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainingArguments
 
 from hf_ehr.collators import PackedCollator
@@ -246,7 +247,7 @@ def _forward(model, examples, tokenizer, read) -> np.ndarray:
 def positive(logits) -> np.ndarray:
     """Scores of two classes, (examples, 2) → probability of the second."""
     logits = np.asarray(logits, np.float64)
-    return 1 / (1 + np.exp(logits[:, 0] - logits[:, 1]))
+    return expit(logits[:, 1] - logits[:, 0])
 
 
 def _keep_better(model, before: dict, labels: np.ndarray, score: Callable[[Any], np.ndarray]) -> None:

@@ -123,6 +123,10 @@ def pretrain_stays(
         EhrDataError: The folder holds no stay, or `output_dir` holds another run.
         ValueError: An option is not known.
     """
+    if not 0 <= options.hidden_variables < 1:
+        raise ValueError(
+            f"`hidden_variables` must be at least 0 and below 1, got {options.hidden_variables}. 0 hides none."
+        )
     splits, run = data.splits(), Run(training, PRETRAIN_FILE, data, options)
     if run.finished:
         return run.record()["held_out"]
