@@ -209,7 +209,7 @@ def test_readmission_is_predicted_and_a_batch_of_one_equals_a_batch_of_many(data
     truth, p = np.asarray(examples["labels"]), predict_visits(model, examples)
     assert auroc(truth, p) > 0.8
     assert 0 < model.config.thresholds["readmission_30d"] < 1
-    p = predict_visits(model.double(), examples)  # logits of a regression on few patients are large: 1e-5 asks for doubles
+    p = predict_visits(model.double(), examples)  # logits of a regression on few rows are large: doubles
     single = [predict_visits(model, examples.select([row]))[0] for row in range(8)]
     np.testing.assert_allclose(single, p[:8], atol=1e-5)
 
