@@ -58,8 +58,8 @@ class MedMPLMConfig(PreTrainedConfig):
         "note_config": SubConfigSpec(config_class=AutoConfig, model_type="bert"),
     }
 
-    code_config: dict | PreTrainedConfig | None = None
-    note_config: dict | PreTrainedConfig | None = None
+    code_config: Any = None  # a dict or a configuration when given, a configuration afterwards
+    note_config: Any = None
     note_pooling: Literal["pooler", "mean"] = "pooler"
     freeze_note_layers: int | None = None
     cross_modal: Literal["none", "text_only", "cross", "cross_residual"] = "cross_residual"
@@ -103,7 +103,7 @@ class MedMPLMConfig(PreTrainedConfig):
 
     def validate_layers(self):
         """There are as many layers of text as are frozen."""
-        layers = self.note_config.num_hidden_layers  # type: ignore[union-attr]
+        layers = self.note_config.num_hidden_layers
         if self.freeze_note_layers is not None and not 0 <= self.freeze_note_layers <= layers:
             raise ValueError(
                 f"`freeze_note_layers` must lie in [0, {layers}], the layers of the text encoder, or be None, got "

@@ -66,8 +66,8 @@ class MedMPLMModel(MedMPLMPreTrainedModel):
         Raises:
             ValueError: Leading dimensions differ, or the model reads no diagnoses and some are given.
         """
-        given = {"diagnosis": diagnosis_ids, "medication": medication_ids}
-        given = {kind: ids for kind, ids in given.items() if ids is not None}
+        both = {"diagnosis": diagnosis_ids, "medication": medication_ids}
+        given = {kind: ids for kind, ids in both.items() if ids is not None}
         encoded = self.code_encoder(diagnosis_ids, medication_ids, **kwargs)
         shape = next(iter(given.values())).shape[:-1]
         notes = self._notes(note_input_ids, note_attention_mask, shape)
@@ -233,8 +233,9 @@ class MedMPLMForMedicationRecommendation(MedMPLMPreTrainedModel):
         """
         encoded = self.medmplm(diagnosis_ids, medication_ids, note_input_ids, note_attention_mask, **kwargs)
         pad = self.config.code_config.pad_token_id
-        there = [(ids != pad).any(dim=-1) for ids in (diagnosis_ids, medication_ids)]
-        features = self._features(encoded, *there, notes_there(note_input_ids, note_attention_mask, diagnosis_ids))
+        diagnosed, medicated = ((ids != pad).any(dim=-1) for ids in (diagnosis_ids, medication_ids))
+        noted = notes_there(note_input_ids, note_attention_mask, diagnosis_ids)
+        features = self._features(encoded, diagnosed, medicated, noted)
         logits = self.classifier(self.dropout(features))
         loss = None if labels is None else recommendation_loss(logits, labels)
         return EhrClassifierOutput(

@@ -112,6 +112,10 @@ class OntologyEmbeddings(nn.Module):
         num_heads: Heads of the graph attention.
     """
 
+    ancestors: torch.Tensor
+    child_nodes: torch.Tensor
+    child_counts: torch.Tensor
+
     def __init__(self, parents: Sequence[int], vocab_size: int, size: int, num_heads: int):
         super().__init__()
         self.vocab_size = vocab_size

@@ -70,7 +70,7 @@ def _new_text(preset: Any, options: VisitPretrainArguments, processor: MedMPLMPr
     """Configuration of a new text encoder: that of the preset, in the words of the processor."""
     words = processor.note_tokenizer
     if words is None:  # nothing reads notes: the smallest that the model can have
-        return MedMPLMConfig.tiny().note_config.to_dict() | {"vocab_size": 8}  # type: ignore[union-attr]
+        return MedMPLMConfig.tiny().note_config.to_dict() | {"vocab_size": 8}
     if "model_type" not in given:
         given = preset().note_config.to_dict() | given
     sizes = {"vocab_size": len(words), "pad_token_id": words.pad_token_id}
