@@ -5,26 +5,24 @@ encoder. Admissions of a prepared folder go through :func:`hf_ehr.admission_data
 """
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
-from transformers import BatchFeature, ProcessorMixin
+from transformers import BatchFeature
 
 from .feature_extraction_hourly import HourlyFeatureExtractor
+from .processing_codes import CodesAndNotesProcessor, check_fields
 from .tokenization_ehr import EhrCodeTokenizer
 
 OTHER_FIELDS = ("stays", "demographics", "note", "note_vector")
 """What an admission holds beside the code lists."""
 STAY_FIELDS = ("hours", "measurements", "demographics")
 MEASUREMENT_FIELDS = ("hour", "name", "value", "text")
-NOTES = "note_tokenizer"
 
 
-class MedHMPProcessor(ProcessorMixin):
+class MedHMPProcessor(CodesAndNotesProcessor):
     """Makes batches for the MedHMP models of admissions; saved in one folder, it opens with `AutoProcessor`.
 
     Args:
@@ -35,9 +33,6 @@ class MedHMPProcessor(ProcessorMixin):
             notes come as vectors, or not at all.
     """
 
-    diagnosis_tokenizer: EhrCodeTokenizer
-    medication_tokenizer: EhrCodeTokenizer
-
     def __init__(
         self,
         feature_extractor: HourlyFeatureExtractor,
@@ -45,20 +40,7 @@ class MedHMPProcessor(ProcessorMixin):
         medication_tokenizer: EhrCodeTokenizer,
         note_tokenizer: Any = None,
     ):
-        super().__init__(feature_extractor, diagnosis_tokenizer, medication_tokenizer)
-        if note_tokenizer is not None:
-            self.check_argument_for_proper_class(NOTES, note_tokenizer)
-        self._note_tokenizer = note_tokenizer
-
-    @property
-    def note_tokenizer(self) -> Any:
-        """The tokenizer of notes, or `None`."""
-        return self._note_tokenizer
-
-    @property
-    def code_tokenizers(self) -> dict[str, EhrCodeTokenizer]:
-        """The tokenizers of codes, by what they are called in a batch."""
-        return {"diagnosis": self.diagnosis_tokenizer, "medication": self.medication_tokenizer}
+        super().__init__(feature_extractor, diagnosis_tokenizer, medication_tokenizer, note_tokenizer=note_tokenizer)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -95,51 +77,16 @@ class MedHMPProcessor(ProcessorMixin):
         rows = [admissions] if isinstance(admissions, Mapping) else list(admissions)
         if not rows:
             raise ValueError("`admissions` must hold at least one admission, got none.")
-        kinds = [kind for tokenizer in self.code_tokenizers.values() for kind in tokenizer.kinds]
         for row in rows:
-            _check_fields(row, (*kinds, *OTHER_FIELDS), "An admission")
-        batch = {}
-        for name, tokenizer in self.code_tokenizers.items():
-            visits = [{"visits": [{kind: row.get(kind) or () for kind in tokenizer.kinds}]} for row in rows]
-            ids = tokenizer.encode_patients(visits, truncation=False)["input_ids"]
-            batch[f"{name}_ids"] = _padded(ids, tokenizer.pad_token_id)
-        return BatchFeature(batch | self._stays(rows) | self._notes(rows))
-
-    def note_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of texts, special ones included, cut at the tokenizer's `model_max_length`."""
-        if not texts:
-            return []
-        return self.note_tokenizer(list(texts), truncation=True, return_attention_mask=False)["input_ids"]
-
-    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
-        """As in the library; each tokenizer has a folder of its own."""
-        if self.note_tokenizer is not None:
-            self.note_tokenizer.save_pretrained(os.path.join(save_directory, NOTES))
-        return super().save_pretrained(save_directory, push_to_hub, **kwargs)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The state beside the tokenizers, and whether there is one of notes."""
-        return super().to_dict() | {"reads_notes": self.note_tokenizer is not None}
-
-    @classmethod
-    def get_attributes(cls) -> list[str]:
-        """What every processor has; the library knows no part that may be missing."""
-        return [name for name in super().get_attributes() if name != NOTES]
-
-    @classmethod
-    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
-        """The parts of a saved processor, in the order of `__init__`."""
-        parts = super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
-        if (processor_dict or {}).get("reads_notes"):
-            parts.append(cls._load_tokenizer_from_pretrained(NOTES, pretrained_model_name_or_path, **kwargs))
-        return parts
+            check_fields(row, (*self.code_kinds, *OTHER_FIELDS), "An admission")
+        return BatchFeature(self.code_ids(rows, truncation=False) | self._stays(rows) | self._notes(rows))
 
     def _stays(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """The hours of all stays end to end, and whose they are."""
         stays = [(owner, row, stay) for owner, row in enumerate(rows) for stay in row.get("stays") or ()]
         measured, lengths = [], []
         for number, (_, _, stay) in enumerate(stays):
-            _check_fields(stay, STAY_FIELDS, "A stay")
+            check_fields(stay, STAY_FIELDS, "A stay")
             taken, hours = _measured(stay, self.feature_extractor.n_hours)
             measured += [(number, *(one.get(name) for name in MEASUREMENT_FIELDS)) for one in taken]
             lengths.append(hours)
@@ -175,16 +122,7 @@ class MedHMPProcessor(ProcessorMixin):
                     "processor with the tokenizer of the model's text encoder."
                 )
             return {}
-        ids = iter(self.note_ids([text for text in texts if text]))
-        tokens = [next(ids) if text else [] for text in texts]
-        mask = _padded([[1] * len(each) for each in tokens], 0)
-        return {"note_input_ids": _padded(tokens, self.note_tokenizer.pad_token_id), "note_attention_mask": mask}
-
-
-def _check_fields(row: Mapping[str, Any], known: Sequence[str], what: str) -> None:
-    unknown = sorted(set(row) - set(known))
-    if unknown:
-        raise ValueError(f"{what} must hold the fields {', '.join(known)} only, got {unknown}. Correct the names.")
+        return self.note_batch(texts)
 
 
 def _measured(stay: Mapping[str, Any], n_hours: int) -> tuple[list[Mapping[str, Any]], int]:
@@ -208,13 +146,6 @@ def _vectors(vectors: Sequence[Any], given: Sequence[np.ndarray]) -> dict[str, t
     stacked = torch.zeros(len(vectors), given[0].shape[0])
     stacked[there] = torch.from_numpy(np.stack(given))
     return {"note_vectors": stacked, "note_mask": there}
-
-
-def _padded(lists: Sequence[Sequence[int]], padding: int) -> torch.Tensor:
-    """(rows, longest) int64, at least one wide."""
-    rows = [torch.tensor(row, dtype=torch.long) for row in lists]
-    padded = pad_sequence(rows, batch_first=True, padding_value=padding)
-    return padded if padded.shape[1] else padded.new_full((len(rows), 1), padding)
 
 
 MedHMPProcessor.register_for_auto_class()
