@@ -105,6 +105,38 @@ class TestOnset:
         assert ask("arf_onset_after_t12_within24", icu(PULSE, (20.0, VENTILATION), end=None)) == ({36: True}, [])
 
 
+class TestSepsis:
+    """Stays of five days from hour 24 on, in a visit with an onset so many hours after the stay's start."""
+
+    @staticmethod
+    def septic(hour, **fields):
+        return icu(diagnoses=["CINC2019/Sepsis"], diagnoses_at=[day(1 + hour / 24)], **fields)
+
+    @pytest.mark.parametrize(
+        ("task", "hour", "label"),
+        [
+            ("sepsis_onset_after_t12", 12.0, "onset_before"),
+            ("sepsis_onset_after_t12", 12.01, True),
+            ("sepsis_onset_after_t12_gap6", 18.0, "onset_before"),
+            ("sepsis_onset_after_t12_gap6", 18.01, True),
+            ("sepsis_onset_after_t12_within24", 36.0, True),
+            ("sepsis_onset_after_t12_within24", 36.01, False),
+            ("sepsis_onset_after_t12", 125.0, True),  # the record may end before the onset that it warns of
+        ],
+    )
+    def test_the_hour_of_the_onset_decides_the_label(self, task, hour, label):
+        assert ask(task, self.septic(hour)) == (({}, [label]) if isinstance(label, str) else ({36: label}, []))
+
+    def test_who_has_no_onset_is_a_negative_and_billed_sepsis_is_no_onset(self):
+        assert ask("sepsis_onset_after_t12", icu()) == ({36: False}, [])
+        billed = icu(diagnoses=["ICD10CM/A41.9"], diagnoses_at=[day(3)])
+        assert ask("sepsis_onset_after_t12", billed) == ({36: False}, [])
+
+    def test_a_stay_of_unknown_end_or_that_is_over_is_not_asked(self):
+        assert ask("sepsis_onset_after_t12", self.septic(30, end=None)) == ({}, ["end_of_stay_unknown"])
+        assert ask("sepsis_onset_after_t24", self.septic(30, end=2)) == ({}, ["left_within_24h"])
+
+
 @pytest.mark.parametrize("name", ["icu_mortality_t48_gap6", "arf_onset_after_t", "icu_mortality_48"])
 def test_names_that_spell_no_task_are_answered_with_an_example(name):
     with pytest.raises(ValueError, match="arf_onset_after_t4_gap2_within24"):
@@ -112,7 +144,7 @@ def test_names_that_spell_no_task_are_answered_with_an_example(name):
 
 
 def test_spelled_tasks_survive_yaml():
-    for name in ("shock_onset_after_t4_gap2_within24", "copd_six_months_ahead"):
+    for name in ("shock_onset_after_t4_gap2_within24", "sepsis_onset_after_t6_within6", "copd_six_months_ahead"):
         task = get_task(name)
         assert task.name == name
         assert TaskSpec.from_yaml(task.to_yaml()) == task

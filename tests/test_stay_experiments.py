@@ -22,7 +22,7 @@ from hf_ehr.experiments.spec import SPECS
 from hf_ehr.experiments.stays import StayBench, StaySpec
 from hf_ehr.experiments.stays.cells import StayCell
 from hf_ehr.experiments.stays.convergence import figures_of
-from hf_ehr.experiments.stays.materials import admission_arguments
+from hf_ehr.experiments.stays.materials import admission_arguments, make_stage1
 from hf_ehr.experiments.stays.models import new_model, probabilities
 from hf_ehr.experiments.stays.spec import GATES, OBJECTIVES, SERIES, StayRow, patients_at
 from hf_ehr.experiments.stays.stages import stages
@@ -263,6 +263,21 @@ def test_an_ensemble_is_the_mean_of_trainings_with_other_seeds(bench):
     ]
     assert np.abs(members[0] - members[1]).max() > 1e-3
     np.testing.assert_allclose(kept(bench, "Mean of two")["test"], np.mean(members, axis=0), atol=1e-5)
+
+
+def test_frozen_members_are_of_different_pretrainings(spec, bench):
+    two = StayBench(replace(spec, pretraining=replace(spec.pretraining, seeds=2)), bench.work)
+    one = replace(cell(spec, "Frozen"), row=replace(cell(spec, "Frozen").row, ensemble=2))
+    make_stage1(two.features(one), spec.pretraining, 1)
+    parts = {split: two.examples(one, split) for split in ("train", "validation", "test")}
+    _, test = two._neural(one, parts)
+    members = [
+        probabilities(two.start(one, parts, two.collator(one), member), parts["test"], two.collator(one))
+        for member in (0, 1)
+    ]
+    assert np.abs(members[0] - members[1]).max() > 1e-3
+    np.testing.assert_allclose(test, np.mean(members, axis=0), atol=1e-6)
+    np.testing.assert_allclose(members[0], kept(bench, "Frozen")["test"], atol=1e-5)
 
 
 def test_rows_start_from_what_their_init_names(bench):

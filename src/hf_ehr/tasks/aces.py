@@ -206,7 +206,15 @@ def _export_predicate(name: str, predicate: Predicate) -> dict[str, Any]:
 
 
 def _check_expressible(name: str, predicate: Predicate) -> None:
-    wanted = ("visit_kinds", "discharged_to", "unplanned", "longer_than_days", "except_codes", "principal")
+    wanted = (
+        "visit_kinds",
+        "discharged_to",
+        "unplanned",
+        "longer_than_days",
+        "except_codes",
+        "principal",
+        "when_known",
+    )
     for field in (*wanted, "min_age", "below_age", "confirmed_by"):
         if getattr(predicate, field) not in ((), False, None):
             raise _inexpressible(

@@ -37,6 +37,7 @@ class Predicate:
             matter. A pattern that opens with ``^`` is a regular expression (RE2).
         except_codes: Patterns to leave out of `codes`.
         principal: Only the first code of the visit's list.
+        when_known: Holds when the code became known instead: of an onset that a source gives the hour of.
         value_min: Smallest value of a measurement, inclusive unless `value_min_inclusive` is off.
         value_max: Largest value of a measurement, inclusive unless `value_max_inclusive` is off.
         value_min_inclusive: See `value_min`.
@@ -58,6 +59,7 @@ class Predicate:
     codes: tuple[str, ...] = ()
     except_codes: tuple[str, ...] = ()
     principal: bool = False
+    when_known: bool = False
     value_min: float | None = None
     value_max: float | None = None
     value_min_inclusive: bool = True
@@ -94,6 +96,7 @@ class Predicate:
         needs = {
             "except_codes": (self.except_codes, bool(self.codes)),
             "principal": (self.principal, coded and self.kind != "measurement"),
+            "when_known": (self.when_known, coded and self.kind != "measurement"),
             "value_min/value_max": (valued, self.kind == "measurement"),
             "value_min_inclusive": (not self.value_min_inclusive, self.value_min is not None),
             "value_max_inclusive": (not self.value_max_inclusive, self.value_max is not None),

@@ -295,8 +295,8 @@ def _coded(history: History, predicate: Predicate, kind: str) -> Events:
         keep &= below(codes.value, predicate.value_max)
     if predicate.visit_kinds:
         keep &= np.isin(history.kinds, predicate.visit_kinds)[codes.visit]
-    visit = codes.visit[keep]
-    return Events.sorted(history.patient[visit], codes.time[keep], visit, codes.known[keep])
+    visit, known = codes.visit[keep], codes.known[keep]
+    return Events.sorted(history.patient[visit], known if predicate.when_known else codes.time[keep], visit, known)
 
 
 def _plain(history: History, predicate: Predicate) -> Iterator[Events]:

@@ -31,6 +31,8 @@ SHOCK_ITEMS = (
 CAREVUE = ("^MIMIC_ITEM/[0-9]{1,5}$",)
 """Items of CareVue and of the laboratory. A stay of MIMIC-III that has no others was charted in CareVue, where these
 treatments have other items: it would pass for a negative. FIDDLE takes the stays of MetaVision for the same reason."""
+SEPSIS_CODES = ("CINC2019/Sepsis",)
+"""The onset that PhysioNet 2019 labels by Sepsis-3; billed codes of sepsis have no hour and are none."""
 # The paper names the diseases and no codes; these are our readings.
 COPD_CODES = ("ICD9CM/491*", "ICD9CM/492*", "ICD9CM/496*", "ICD10CM/J4[134]*")
 AMNESIA_CODES = (
@@ -39,7 +41,7 @@ AMNESIA_CODES = (
 )  # fmt: skip
 
 _NAME = re.compile(
-    r"(?P<task>icu_mortality|arf_onset_after|shock_onset_after)_t(?P<hours>\d+)"
+    r"(?P<task>icu_mortality|arf_onset_after|shock_onset_after|sepsis_onset_after)_t(?P<hours>\d+)"
     r"(?:_gap(?P<gap>\d+))?(?:_within(?P<horizon>\d+))?"
 )
 _STAY = {
@@ -59,8 +61,10 @@ def icu_task(name: str) -> TaskSpec | None:
     hours = int(match["hours"])
     if match["task"] == "icu_mortality":
         return icu_mortality(hours)
-    horizon = None if match["horizon"] is None else int(match["horizon"])
-    return stay_onset(match["task"].removesuffix("_onset_after"), hours, int(match["gap"] or 0), horizon)
+    gap, horizon = int(match["gap"] or 0), None if match["horizon"] is None else int(match["horizon"])
+    if match["task"] == "sepsis_onset_after":
+        return sepsis_onset(hours, gap, horizon)
+    return stay_onset(match["task"].removesuffix("_onset_after"), hours, gap, horizon)
 
 
 def icu_mortality(hours: int = 48) -> TaskSpec:
@@ -106,9 +110,8 @@ def stay_onset(outcome: str, hours: int, gap_hours: int = 0, horizon_hours: int 
     waited = f"trigger + {hours + gap_hours}h"
     end = "trigger -> stay_end" if horizon_hours is None else f"trigger + {hours + gap_hours + horizon_hours}h"
     within = "the rest of the stay" if horizon_hours is None else f"the {horizon_hours} hours behind the gap"
-    name = f"{outcome}_onset_after_t{hours}" + (f"_gap{gap_hours}" if gap_hours else "")
     return TaskSpec(
-        name=name + ("" if horizon_hours is None else f"_within{horizon_hours}"),
+        name=_onset_name(outcome, hours, gap_hours, horizon_hours),
         description=f"First treatment of {'respiratory failure' if outcome == 'arf' else 'shock'} (FIDDLE) in "
         f"{within}, asked {hours} hours after the start of an adult's intensive care stay, gap {gap_hours} hours. "
         "Stays that are over, in which nothing was charted by then (or in CareVue only), or with an onset until the "
@@ -133,6 +136,49 @@ def stay_onset(outcome: str, hours: int, gap_hours: int = 0, horizon_hours: int 
             "codes billed at discharge",
         ),
     )
+
+
+def sepsis_onset(hours: int, gap_hours: int = 0, horizon_hours: int | None = None) -> TaskSpec:
+    """Onset of sepsis later in an intensive care stay, as PhysioNet 2019 labels it (Reyna et al. 2020).
+
+    The challenge asks at every hour; this asks once a stay. Records of the challenge end soon after an onset, some
+    before it, so that without a horizon the end of the stay does not bound it.
+
+    Args:
+        hours: Hours of the stay that are seen.
+        gap_hours: As of :func:`stay_onset`: early signs and orders just before an onset give it away.
+        horizon_hours: Hours behind the gap in which the onset must lie; None: any later time.
+    """
+    waited = f"trigger + {hours + gap_hours}h"
+    end = None if horizon_hours is None else f"trigger + {hours + gap_hours + horizon_hours}h"
+    within = "at any later time" if horizon_hours is None else f"in the {horizon_hours} hours behind the gap"
+    return TaskSpec(
+        name=_onset_name("sepsis", hours, gap_hours, horizon_hours),
+        description=f"Onset of sepsis (Sepsis-3, as labelled by PhysioNet 2019) {within}, asked {hours} hours after "
+        f"the start of an adult's intensive care stay, gap {gap_hours} hours. Stays that are over, of unknown end, or "
+        "with an onset until the end of the gap, are left out.",
+        predicates={**_STAY, "onset": Predicate(kind="diagnosis", codes=SEPSIS_CODES, when_known=True)},
+        trigger="stay",
+        windows=_windows(hours)
+        | {
+            "until_gap": Window("trigger", waited),
+            "later": Window("input.end", None, start_inclusive=False),
+            "target": Window(waited, end, start_inclusive=False),
+        },
+        rules=(
+            *_asked_in_the_stay(hours),
+            Rule("end_of_stay_unknown", "later", "stay_end", min=1, scope="visit"),
+            Rule("onset_before", "until_gap", "onset", max=0, scope="visit"),
+        ),
+        outcome=Outcome("target", "onset", scope="visit"),
+        expected_prevalence=(0.005, 0.3),
+        leaks=("cultures and antibiotics, which define the time of the onset", "the length of the record"),
+    )
+
+
+def _onset_name(outcome: str, hours: int, gap_hours: int, horizon_hours: int | None) -> str:
+    gap, within = f"_gap{gap_hours}", f"_within{horizon_hours}"
+    return f"{outcome}_onset_after_t{hours}{gap if gap_hours else ''}{'' if horizon_hours is None else within}"
 
 
 def _windows(hours: int) -> dict[str, Window]:

@@ -73,7 +73,7 @@ class StayRow:
         pretrained_on: Data set whose checkpoint is moved to the features of the column's (stay level only).
         probe: Whether the model stays frozen under a logistic regression.
         linear_probe: Whether a pre-trained MedHMP's head starts from that regression.
-        ensemble: Fine-tunings whose probabilities are averaged, each of another seed of both trainings.
+        ensemble: Models whose probabilities are averaged, each of another seed of pre-training and fine-tuning.
         medhmp_encoder: Whether a series model reads the states of MedHMP's encoder of hours.
         second_channel: Variables of the second channel of ``raim`` and ``dcmn``.
         features: Arguments of ``fit_hourly_features`` that differ from the data set's.
@@ -108,7 +108,7 @@ class StayRow:
             ("ensemble", isinstance(self.ensemble, int) and self.ensemble > 0, "a positive number"),
             ("medhmp_encoder", reads_encoder or not self.medhmp_encoder, "of `unimodal_lstm` or `transformer`"),
             ("init", self.model == MEDHMP or self.medhmp_encoder or self.init == "none", "`none` for this model"),
-            ("probe", not self.probe or (self.model == MEDHMP and self.ensemble == 1), "of a single `medhmp`"),
+            ("probe", not self.probe or self.model == MEDHMP, "of `medhmp`"),
             ("second_channel", self.model in ("raim", "dcmn") or not self.second_channel, "of `raim` or `dcmn`"),
             ("pretrained_on", self.init != "none" or self.pretrained_on is None, "with an `init`"),
         )
