@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, NamedTuple, get_args
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from hf_ehr.sources._synthetic_process import Draws
-from hf_ehr.sources._synthetic_worlds import NOISE_PREFIXES, SyntheticConfig, _claim
+from hf_ehr.sources._synthetic_process import NamedDraws
+from hf_ehr.sources._synthetic_worlds import NOISE_PREFIXES, _claim
 
 FACTORS = ("perfusion", "respiration", "kidney", "inflammation")
 """What varies from stay to stay: four factors, standard normal, independent of age and sex."""
@@ -160,31 +160,10 @@ class SyntheticIcuConfig:
 SWITCHES = ("low_rank", "moving_setpoints", "aligned", "treatment_feedback", "informative_sampling", "notes")
 
 
-class Streams:
-    """The random numbers of a block of patients by what they are for: functions of (seed, patient, stream, index)."""
+class Streams(NamedDraws):
+    """The random numbers of this world."""
 
-    def __init__(self, seed: int, subjects: np.ndarray) -> None:
-        self.subjects = subjects
-        self.size = len(subjects)
-        self._seed = SyntheticConfig(seed=seed)
-
-    def _of(self, stream: Stream) -> Draws:
-        return Draws(self._seed, self.subjects, purpose=_PURPOSES[stream])
-
-    def uniform(self, stream: Stream, count: int) -> np.ndarray:
-        """``(patients, count)`` in (0, 1)."""
-        return self._of(stream).uniform("z", count)
-
-    def normal(self, stream: Stream, count: int) -> np.ndarray:
-        """``(patients, count)`` standard normal."""
-        return self._of(stream).normal("z", count)
-
-    def at(self, stream: Stream, patient: np.ndarray, index: np.ndarray) -> np.ndarray:
-        """Numbers ``index`` of the stream of ``patient``, in (0, 1), in the shape that the two have together."""
-        return self._of(stream).at("z", patient, index)
-
-
-_PURPOSES = {name: 1_000 + index for index, name in enumerate(get_args(Stream))}
+    purposes: ClassVar = {name: 1_000 + index for index, name in enumerate(get_args(Stream))}
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 
@@ -58,6 +59,38 @@ class Draws:
     def normal(self, stream: Stream, count: int) -> np.ndarray:
         """``(patients, count)`` standard normal."""
         return normal(self.uniform(stream, 2 * count))
+
+
+class NamedDraws:
+    """The random numbers of a block of patients by what they are for: functions of (seed, patient, stream, index).
+
+    Args:
+        seed: Of the world.
+        subjects: The patients.
+    """
+
+    purposes: ClassVar[dict[str, int]]
+    """Stream → its number among those of all worlds; new streams leave the others as they are."""
+
+    def __init__(self, seed: int, subjects: np.ndarray) -> None:
+        self.subjects = subjects
+        self.size = len(subjects)
+        self._config = SyntheticConfig(seed=seed)
+
+    def _of(self, stream: str) -> Draws:
+        return Draws(self._config, self.subjects, purpose=self.purposes[stream])
+
+    def uniform(self, stream: str, *shape: int) -> np.ndarray:
+        """``(patients, *shape)`` in (0, 1)."""
+        return self._of(stream).uniform("z", math.prod(shape)).reshape(self.size, *shape)
+
+    def normal(self, stream: str, *shape: int) -> np.ndarray:
+        """``(patients, *shape)`` standard normal."""
+        return self._of(stream).normal("z", math.prod(shape)).reshape(self.size, *shape)
+
+    def at(self, stream: str, patient: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """Numbers ``index`` of the stream of ``patient``, in (0, 1), in the shape that the two have together."""
+        return self._of(stream).at("z", patient, index)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, NamedTuple, get_args
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
 
 from hf_ehr.ontology import billable_codes, with_dots
-from hf_ehr.sources._synthetic_process import Draws, sigmoid
-from hf_ehr.sources._synthetic_worlds import SyntheticConfig
+from hf_ehr.sources._synthetic_process import NamedDraws, sigmoid
 
 LEVELS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 """Values of the factors of codes and of text (four coins, less two) and of what each modality tells of the shared."""
@@ -64,7 +63,6 @@ Stream = Literal[
     "visits", "shared", "reading", "chronic", "coded", "finding", "type", "readmitted", "gap", "stay", "planned",
     "synonym", "acute", "noise", "position", "drug", "age", "sex", "calendar", "note", "note_order",
 ]  # fmt: skip
-_PURPOSES = {name: 2_000 + index for index, name in enumerate(get_args(Stream))}
 
 
 @dataclass(frozen=True)
@@ -109,23 +107,10 @@ class SyntheticTextCodesConfig:
                 raise ValueError(f"`{name}` must be between {low} and {high}, got {getattr(self, name)}.")
 
 
-class Streams:
-    """The random numbers of a block of patients by what they are for: functions of (seed, patient, stream, index)."""
+class Streams(NamedDraws):
+    """The random numbers of this world."""
 
-    def __init__(self, seed: int, subjects: np.ndarray) -> None:
-        self.subjects = subjects
-        self._config = SyntheticConfig(seed=seed)
-
-    def _of(self, stream: Stream) -> Draws:
-        return Draws(self._config, self.subjects, purpose=_PURPOSES[stream])
-
-    def uniform(self, stream: Stream, *shape: int) -> np.ndarray:
-        """``(patients, *shape)`` in (0, 1)."""
-        return self._of(stream).uniform("z", int(np.prod(shape))).reshape(len(self.subjects), *shape)
-
-    def normal(self, stream: Stream, *shape: int) -> np.ndarray:
-        """``(patients, *shape)`` standard normal."""
-        return self._of(stream).normal("z", int(np.prod(shape))).reshape(len(self.subjects), *shape)
+    purposes: ClassVar = {name: 2_000 + index for index, name in enumerate(get_args(Stream))}
 
 
 @dataclass(frozen=True)
