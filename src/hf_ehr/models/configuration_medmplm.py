@@ -1,12 +1,18 @@
 """Configuration of MedM-PLM (Liu et al., IEEE JBHI 2022): codes and notes of visits, read together."""
 
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from .configuration_gbert import GBertConfig
+
+# What may be given is checked; afterwards it is a configuration, of a class that its user names.
+if TYPE_CHECKING:
+    SubConfig = Any
+else:
+    SubConfig = dict | PreTrainedConfig | None
 
 
 @strict
@@ -58,8 +64,8 @@ class MedMPLMConfig(PreTrainedConfig):
         "note_config": SubConfigSpec(config_class=AutoConfig, model_type="bert"),
     }
 
-    code_config: Any = None  # a dict or a configuration when given, a configuration afterwards
-    note_config: Any = None
+    code_config: SubConfig = None
+    note_config: SubConfig = None
     note_pooling: Literal["pooler", "mean"] = "pooler"
     freeze_note_layers: int | None = None
     cross_modal: Literal["none", "text_only", "cross", "cross_residual"] = "cross_residual"
