@@ -26,7 +26,8 @@ from .modeling_heads import EhrClassifierOutput, PatientClassifierMixin, classif
 from .modeling_icd_coding import checked_notes
 from .modeling_medbert import MedBertModel
 from .modeling_medmplm_base import MedMPLMPreTrainedModel
-from .modeling_medmplm_notes import encode_notes, new_note_encoder, notes_there, opened_note_encoder
+from .modeling_medmplm_notes import encode_notes, notes_there
+from .modeling_note_encoder import new_note_encoder, opened_note_encoder
 from .modeling_recommendation import mean_of_earlier, recommendation_loss
 
 
@@ -82,7 +83,9 @@ class EhrConcatPreTrainedModel(MedMPLMPreTrainedModel):
         """
         note = codes = None
         if note_encoder is not None:
-            note = opened_note_encoder(note_encoder, fields.get("note_pooling", EhrConcatConfig.note_pooling))
+            note = opened_note_encoder(
+                note_encoder, pooler=fields.get("note_pooling", EhrConcatConfig.note_pooling) == "pooler"
+            )
             fields["note_config"] = note.config
         if code_encoder is not None:
             codes = _opened_codes(code_encoder)
@@ -129,7 +132,7 @@ class EhrConcatModel(EhrConcatPreTrainedModel):
         if config.note_config is config.gbert_config is config.medbert_config is None:
             raise ValueError("`config` must name an encoder, got none. Give `note_config`, or one of codes.")
         if config.note_config is not None:
-            self.note_encoder = new_note_encoder(config.note_config, config.note_pooling)
+            self.note_encoder = new_note_encoder(config.note_config, pooler=config.note_pooling == "pooler")
         gbert: Any = config.gbert_config
         if gbert is not None:
             self.code_encoder = GBertModel(gbert, config.read_diagnoses)

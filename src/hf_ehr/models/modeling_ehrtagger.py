@@ -23,7 +23,7 @@ from .modeling_crf import LinearChainCrf, init_crf
 from .modeling_ehr import PackedSequences
 from .modeling_heads import init_head
 from .modeling_icd_coding import checked_notes
-from .modeling_medmplm_notes import new_note_encoder, opened_note_encoder
+from .modeling_note_encoder import new_note_encoder, opened_note_encoder
 from .modeling_steps import Steps, TimeMajor
 
 
@@ -67,7 +67,7 @@ class EhrTaggerPreTrainedModel(PreTrainedModel):
                 MedM-PLM its `note_encoder`.
             **fields: Fields of [`EhrTaggerConfig`].
         """
-        note_encoder = opened_note_encoder(encoder, "mean")
+        note_encoder = opened_note_encoder(encoder, pooler=False)
         model = cls(EhrTaggerConfig(note_config=note_encoder.config, **fields))
         model.base_model.note_encoder = note_encoder
         model.tie_weights()
@@ -129,7 +129,7 @@ class EhrTaggerModel(EhrTaggerPreTrainedModel):
             self.word_embeddings = nn.Embedding(config.vocab_size, config.embedding_size)
             size = config.embedding_size
         else:
-            self.note_encoder = new_note_encoder(config.note_config, "mean")
+            self.note_encoder = new_note_encoder(config.note_config)
             size = config.note_config.hidden_size  # type: ignore[union-attr]
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.lstm = BiLstm(size, config.hidden_size)

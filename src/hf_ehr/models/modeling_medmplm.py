@@ -20,7 +20,8 @@ from .modeling_cross_modal import CodeSets, CrossModal, Fused, NoteStates
 from .modeling_gbert import KINDS, GBertModel, code_targets
 from .modeling_heads import EhrClassifierOutput, PatientClassifierMixin
 from .modeling_medmplm_base import MedMPLMForPreTrainingOutput, MedMPLMModelOutput, MedMPLMPreTrainedModel
-from .modeling_medmplm_notes import encode_notes, new_note_encoder, notes_there
+from .modeling_medmplm_notes import encode_notes, notes_there
+from .modeling_note_encoder import new_note_encoder
 from .modeling_recommendation import mean_of_earlier, recommendation_loss
 
 
@@ -36,7 +37,7 @@ class MedMPLMModel(MedMPLMPreTrainedModel):
         super().__init__(config)
         codes, notes = config.code_config, config.note_config
         self.code_encoder = GBertModel(codes, add_diagnoses)
-        self.note_encoder: Any = new_note_encoder(notes, config.note_pooling)
+        self.note_encoder: Any = new_note_encoder(notes, pooler=config.note_pooling == "pooler")
         self.cross_modal = None
         if config.cross_modal != "none":
             kinds = KINDS if add_diagnoses else KINDS[1:]

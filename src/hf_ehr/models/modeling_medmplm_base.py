@@ -11,7 +11,8 @@ from transformers.utils import ModelOutput
 
 from .configuration_medmplm import MedMPLMConfig
 from .modeling_cross_modal import init_cross_modal
-from .modeling_medmplm_notes import freeze_first_layers, opened_note_encoder, quiet_frozen_layers
+from .modeling_medmplm_notes import freeze_first_layers, quiet_frozen_layers
+from .modeling_note_encoder import opened_note_encoder
 
 
 @dataclass
@@ -95,7 +96,9 @@ class MedMPLMPreTrainedModel(PreTrainedModel):
             encoder: Name or folder of a checkpoint, opened in fp32; or a model, which becomes part of the new one.
             **fields: Fields of [`MedMPLMConfig`].
         """
-        note_encoder = opened_note_encoder(encoder, fields.get("note_pooling", MedMPLMConfig.note_pooling))
+        note_encoder = opened_note_encoder(
+            encoder, pooler=fields.get("note_pooling", MedMPLMConfig.note_pooling) == "pooler"
+        )
         model = cls(MedMPLMConfig(note_config=note_encoder.config, **fields))
         model.base_model.note_encoder = note_encoder
         model.tie_weights()

@@ -1,50 +1,12 @@
-"""The text encoder of MedM-PLM: any of the library's, the first layers of it frozen."""
+"""The notes of MedM-PLM: their states, and text encoders whose first layers are frozen."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
 
 from .modeling_cross_modal import NoteStates
 from .modeling_ehr import pool_states
-
-
-def new_note_encoder(config: Any, pooling: str) -> Any:
-    """A text encoder with fresh weights; of a family with a decoder (T5) its encoder alone.
-
-    Raises:
-        ValueError: `pooling` is `pooler` and the family has none.
-    """
-    return _ready(_family(config).from_config(config), pooling)
-
-
-def opened_note_encoder(encoder: str | Path | PreTrainedModel, pooling: str) -> Any:
-    """The text encoder of a model, or of a checkpoint, opened in fp32.
-
-    Raises:
-        ValueError: `pooling` is `pooler` and the encoder has none.
-    """
-    if isinstance(encoder, PreTrainedModel):
-        return _ready(encoder.base_model, pooling)
-    return _ready(_family(AutoConfig.from_pretrained(encoder)).from_pretrained(encoder, dtype=torch.float32), pooling)
-
-
-def _family(config: Any) -> Any:
-    return AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
-
-
-def _ready(encoder: Any, pooling: str) -> Any:
-    if pooling == "pooler" and getattr(encoder, "pooler", None) is None:
-        raise ValueError(
-            f"`note_pooling` must be 'mean' for {type(encoder).__name__}, which has no pooler, got 'pooler'. Change "
-            "it."
-        )
-    if pooling == "mean" and getattr(encoder, "pooler", None) is not None:
-        encoder.pooler = None  # nothing would read it, and it would get no gradient
-    return encoder
 
 
 def layers_of(encoder: nn.Module) -> nn.ModuleList:

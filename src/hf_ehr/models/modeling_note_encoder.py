@@ -72,11 +72,21 @@ def put_note_encoder(model: Any, encoder: Any, pooler: bool = False) -> None:
     model.tie_weights()
 
 
-def opened_note_encoder(encoder: str | Path | PreTrainedModel) -> Any:
-    """The text encoder of a model, or of a checkpoint in fp32."""
+def opened_note_encoder(encoder: str | Path | PreTrainedModel, pooler: bool | None = None) -> Any:
+    """The text encoder of a model, or of a checkpoint in fp32.
+
+    Args:
+        encoder: A model, or a folder or Hub id.
+        pooler: As above; `None` leaves it as it is.
+
+    Raises:
+        ValueError: `pooler` is asked for, and the encoder has none.
+    """
     if isinstance(encoder, PreTrainedModel):
-        return encoder.base_model
-    return _family(AutoConfig.from_pretrained(encoder)).from_pretrained(encoder, dtype=torch.float32)
+        found = encoder.base_model
+    else:
+        found = _family(AutoConfig.from_pretrained(encoder)).from_pretrained(encoder, dtype=torch.float32)
+    return found if pooler is None else _fitted(found, pooler)
 
 
 def encoded_notes(encoder: Any, input_ids, attention_mask=None, pooler: bool = False) -> tuple[Any, torch.Tensor]:
