@@ -15,12 +15,13 @@ import numpy as np
 from transformers import TrainingArguments
 
 from . import baselines, training
+from .cards import evaluation_card, figures_of_rows
 from .datasets import build_examples
 from .metrics import best_f1_threshold
 from .models.modeling_medbert import MedBertForSequenceClassification
 from .models.tokenization_ehr import EhrCodeTokenizer
 from .reports import evaluate_rows, write_table
-from .schema import EhrDataError, atomic_path
+from .schema import DatasetInfo, EhrDataError
 from .tasks.audit import OneShotTest
 from .training import FINETUNE_FILE, DataArguments, FinetuneArguments
 from .training._runs import arguments_from
@@ -51,8 +52,8 @@ tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 inputs = tokenizer.encode_patient([["ICD10CM/E11.9", "ICD10CM/I10"], ["ICD10CM/I50.9"]])  # a list of visits
 ```
 
-The decision threshold in `config.thresholds` was tuned on validation patients. Splits are by patient; `splits.json`
-holds them as salted hashes. Codes of fewer than 11 training patients are not in the vocabulary: they back off.
+The decision threshold in `config.thresholds` was tuned on validation patients. Codes that are not in the vocabulary
+back off to their nearest ancestor.
 
 ## Figures
 
@@ -112,8 +113,8 @@ def evaluate(arguments: EvaluateArguments) -> Path:
     output = Path(arguments.output)
     settings = TrainingArguments(output_dir=str(output / "untrained"), **made["training"])
     comparison = compare(data, options, settings, arguments.model)
-    notes = [f"Task `{options.task}`, {comparison.train_size} training examples, {data.data}."]
-    task = training.task_name(options.task)
+    task, source = training.task_name(options.task), DatasetInfo.load(data.data).source
+    notes = [f"Task `{task}`, {comparison.train_size:,} training examples of {source}."]
     table = write_results(comparison, output, f"{task}: test patients", notes)
     calibration_plot(
         {name: (comparison.truth, p) for name, p in comparison.test.items() if name in (REFERENCE, PPMI)},
@@ -190,22 +191,16 @@ def write_card(
     Args:
         folder: Of the classifier.
         task: What it predicts.
-        table: Markdown with its figures.
+        table: Markdown with its figures, its JSON and the plots beside it.
         notes: What a reader must know to read them.
         template: Of the card, with places for `meta`, `task`, `table`, `notes` and the `fields`.
         model: Name of the architecture.
         **fields: Further places of the template.
     """
-    from huggingface_hub import ModelCard, ModelCardData
-
-    meta = ModelCardData(
-        library_name="transformers", license="apache-2.0", pipeline_tag="text-classification",
-        tags=["ehr", model.lower(), "transformers-ehr"], model_name=f"{model}, {task}",
+    evaluation_card(
+        folder, task, table.read_text(), notes, template=template, model=model, plots=table.parent,
+        figures=figures_of_rows(table, model), **fields,
     )  # fmt: skip
-    figures = {"table": table.read_text(), "notes": "\n".join(f"- {note}" for note in notes)}
-    text = template.format(meta=meta.to_yaml(), task=task, **figures, **fields)
-    with atomic_path(folder / "README.md") as temporary:
-        ModelCard(text).save(temporary)
 
 
 def _rivals(data, parts, splits, tokenizer, seed: int) -> dict[str, Any]:
