@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, TrainingArguments
 
 from hf_ehr import convert as convert_run
-from hf_ehr import evaluation, experiments, stay_evaluation, training, visit_evaluation
+from hf_ehr import entity_evaluation, evaluation, experiments, stay_evaluation, training, visit_evaluation
 from hf_ehr import quickstart as quickstart_run
 from hf_ehr import transfer as transfer_run
 from hf_ehr.cli import note_commands, stay_commands, visit_commands
@@ -27,6 +27,7 @@ from hf_ehr.cli.publish_commands import publish
 from hf_ehr.cli.stay_commands import fit_hourly
 from hf_ehr.cli.tool_commands import doctor, validate
 from hf_ehr.cli.visit_commands import map_drugs
+from hf_ehr.models.configuration_ehrtagger import EhrTaggerConfig
 from hf_ehr.models.configuration_medhmp import MedHMPConfig
 from hf_ehr.prepare import SourceName, format_summary
 from hf_ehr.prepare import prepare as prepare_data
@@ -36,7 +37,7 @@ from hf_ehr.vocabulary import fit_tokenizer as fit
 
 MODELS = ("medbert", "ehrbert", "medhmp", "medmplm", "gbert")
 VISIT_MODELS = ("medmplm", "gbert")
-FINETUNED = (*MODELS, *visit_commands.BASELINES)
+FINETUNED = (*MODELS, *visit_commands.BASELINES, "ehrtagger")
 """Models that are fine-tuned; those that are not pre-trained here start from what their arguments name."""
 VISIT_TYPES = ("ehr_medmplm", "ehr_gbert", "ehr_visitrnn", "ehr_concat", "ehr_text")
 PRETRAIN_DEFAULTS = {  # section "Pretraining" of the Med-BERT paper, but for steps and warm-up that fit any data
@@ -142,6 +143,8 @@ def finetune(words: list[str]) -> None:
         return visit_commands.finetune(model, words)
     if model in visit_commands.BASELINES:
         return visit_commands.finetune_baseline(model, words)
+    if model == "ehrtagger":
+        return visit_commands.finetune_tagger(words)
     if model == "medhmp":
         return stay_commands.finetune_medhmp(words)
     kinds = (training.DataArguments, training.FinetuneArguments, TrainingArguments)
@@ -162,7 +165,8 @@ def evaluate(words: list[str]) -> None:
     elif arguments.ddi is not None:
         raise ValueError(f"`ddi` must be left out for models of type {kind!r}, which recommend no drugs.")
     else:
-        table = (stay_evaluation if kind == MedHMPConfig.model_type else evaluation).evaluate(arguments)
+        others: Any = {MedHMPConfig.model_type: stay_evaluation, EhrTaggerConfig.model_type: entity_evaluation}
+        table = others.get(kind, evaluation).evaluate(arguments)
     print(table.read_text())
 
 

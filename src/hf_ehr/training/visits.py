@@ -45,6 +45,7 @@ from hf_ehr.training._visit_fitting import (
 )
 from hf_ehr.training._visit_models import (
     ARCHITECTURES,
+    architecture_of,
     new_visit_classifier,
     new_visit_model,
     take_code_encoder,
@@ -339,7 +340,8 @@ def labelled_visits(
 
 __all__ = [
     "VISIT_FINETUNE_RECIPE", "VISIT_PRETRAIN_RECIPE", "AskedVisits", "VisitArguments", "VisitFinetuneArguments",
-    "VisitPretrainArguments", "asked_visits", "finetune_visits", "fit_visits", "held_out_visits", "label_names",
+    "VisitPretrainArguments", "VisitTask", "architecture_of", "asked_visits", "finetune_visits", "fit_and_save",
+    "fit_visits", "held_out_visits", "label_names",
     "labelled_visits", "new_visit_classifier", "new_visit_model", "predict_visits", "pretrain_visits",
     "take_code_encoder", "visit_labels", "visit_processor",
 ]  # fmt: skip
