@@ -102,6 +102,8 @@ FLOORS = (
         "explanations",
         "evidence_report",
         "pipelines",
+        "integrated_gradients",
+        "prediction_files",
         "validation",
         "doctor",
         "training",
