@@ -123,8 +123,8 @@ def fit_visits(
 ) -> None:
     """Trains a classifier in place and keeps the epoch that ranks validation best.
 
-    By AUROC where the question is yes or no, the state it came with being a candidate too; where codes are asked by
-    average precision over all cells. A run that was stopped goes on from its last checkpoint.
+    By AUROC where the question is yes or no, the state it came with being a candidate too (but for a CNN); where codes
+    are asked by average precision over all cells. A run that was stopped goes on from its last checkpoint.
 
     Args:
         model: A classifier of visits.
