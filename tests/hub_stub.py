@@ -117,7 +117,7 @@ class Handler(BaseHTTPRequestHandler):
         self.server.unknown.append(f"{self.command} {path}")
         return self.answer({"error": "not here"}, 404)
 
-    do_GET = do_HEAD = do_POST = do_PUT = route
+    do_GET = do_HEAD = do_POST = do_PUT = route  # noqa: N815 - the server's own names
 
     def owner(self) -> bool:
         return self.headers.get("Authorization") == f"Bearer {TOKEN}"
@@ -144,9 +144,8 @@ class Handler(BaseHTTPRequestHandler):
         return self.answer(url)
 
     def whoami(self, _: bytes) -> None:
-        self.answer(
-            {"name": "tester", "type": "user", "orgs": []} if self.owner() else {}, 200 if self.owner() else 401
-        )
+        who = {"name": "tester", "type": "user", "orgs": []}
+        self.answer(who if self.owner() else {}, 200 if self.owner() else 401)
 
     def validate(self, content: bytes) -> None:
         text = json.loads(content)["content"]
@@ -213,9 +212,7 @@ class Handler(BaseHTTPRequestHandler):
         if (found := self.repository(name)) is None:
             return None
         if path not in found.files:
-            return self.answer(
-                {"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound", X_Repo_Commit=found.sha
-            )
+            return self.answer({}, 404, X_Error_Code="EntryNotFound", X_Repo_Commit=found.sha)
         content = found.files[path]
         return self.answer(content, ETag=f'"{hashlib.sha1(content).hexdigest()}"', X_Repo_Commit=found.sha)
 

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import pytest
 import torch
@@ -23,13 +25,14 @@ from hf_ehr import (
     MedMPLMForReadmission,
     MedMPLMProcessor,
 )
-from hf_ehr._publish_alone import outputs_of
+from hf_ehr._publish_alone import outputs_of, reading_of
 from hf_ehr._publish_checks import check_vocabularies, why_not
 from hf_ehr._publish_inputs import STREAMS, example_inputs
 from hf_ehr.hub import (
     MODELS,
     PublishArguments,
     PublishingError,
+    _compare,
     assemble,
     check_publishable,
     publish,
@@ -37,7 +40,7 @@ from hf_ehr.hub import (
     write_folder,
 )
 from hf_ehr.schema import EhrDataError
-from tests.hub_stub import TOKEN, HubStub
+from tests.hub_stub import TOKEN, HubStub, Repository
 from tests.models.freeze import FAMILIES
 
 CODES = [f"ICD10CM/A{number}" for number in range(10, 40)]
@@ -96,6 +99,8 @@ def test_a_published_folder_is_whole_and_holds_nothing_else(assembled):
     }  # fmt: skip
     assert config["thresholds"] == {"readmission": 0.3}
     assert config["id2label"] == {"0": "no", "1": "readmission"}
+    assert config["custom_pipelines"]["risk-prediction"]["impl"] == "pipeline_patient_tasks.RiskPredictionPipeline"
+    assert {"pipeline_patient_tasks.py", "pipeline_patients.py"} <= code
 
 
 def test_a_folder_without_a_card_gets_one_that_the_hubs_parser_reads(assembled):
@@ -140,6 +145,19 @@ def heads(first_only: bool) -> list[tuple]:
     return found
 
 
+def classifier_of_visits(folder: Path) -> Path:
+    """A MedM-PLM with its processor."""
+    words = EhrCodeTokenizer.from_codes(["chest", "pain"], model_max_length=4, **FITTED)
+    processor = MedMPLMProcessor(*(EhrCodeTokenizer.from_codes(CODES, **FITTED) for _ in range(2)), words)
+    sizes = {"diagnosis_vocab_size": 35, "medication_vocab_size": 35}
+    note = {"model_type": "bert", "vocab_size": 7, "hidden_size": 32, "num_hidden_layers": 1}
+    note |= {"num_attention_heads": 2, "intermediate_size": 32}
+    config = MedMPLMConfig(code_config=GBertConfig.tiny(**sizes), note_config=note, num_labels=2)
+    MedMPLMForReadmission(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
 def published_heads(which: list[tuple], folder: Path) -> dict[Path, Path]:
     pairs = {}
     for family, head in which:
@@ -165,7 +183,12 @@ def test_every_architecture_and_head_loads_alone_with_equal_numbers(first_only, 
     which = heads(first_only)
     pairs = published_heads(which, tmp_path)
     assert len(pairs) == len(which)
+    with_processor = tmp_path / "processor" / "model"
+    pairs[with_processor] = classifier_of_visits(tmp_path / "processor" / "source")
+    write_folder(pairs[with_processor], with_processor)
     verify(pairs)
+    names = {path.name for path in with_processor.iterdir()}
+    assert {"processor_config.json", "processing_medmplm.py", "diagnosis_tokenizer", "note_tokenizer"} <= names
 
 
 def test_example_inputs_move_every_model(tmp_path):
@@ -178,40 +201,40 @@ def test_example_inputs_move_every_model(tmp_path):
         assert changed, head
 
 
-def test_a_processor_and_its_tokenizers_travel(tmp_path):
-    words = EhrCodeTokenizer.from_codes(["chest", "pain"], model_max_length=4, **FITTED)
-    processor = MedMPLMProcessor(*(EhrCodeTokenizer.from_codes(CODES, **FITTED) for _ in range(2)), words)
-    sizes = {"diagnosis_vocab_size": 35, "medication_vocab_size": 35}
-    note = {"model_type": "bert", "vocab_size": 7, "hidden_size": 32, "num_hidden_layers": 1}
-    note |= {"num_attention_heads": 2, "intermediate_size": 32}
-    config = MedMPLMConfig(code_config=GBertConfig.tiny(**sizes), note_config=note, num_labels=2)
-    MedMPLMForReadmission(config).save_pretrained(tmp_path / "source")
-    processor.save_pretrained(tmp_path / "source")
-    published = assemble(tmp_path / "source", tmp_path / "published")
-    assert {"processor_config.json", "processing_medmplm.py", "diagnosis_tokenizer"} <= {
-        path.name for path in published.iterdir()
-    }
-
-
 # What is found out
 
 
-def test_other_numbers_without_the_package_are_found(assembled, tmp_path):
-    changed = tmp_path / "model"
-    shutil.copytree(assembled, changed)
-    weights = load_file(changed / "model.safetensors")
-    weights["classifier.weight"] = weights["classifier.weight"] * 1.001
-    save_file(weights, changed / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(PublishingError, match=r"`logits\.0` of model"):
-        verify({changed: assembled})
+def told(scratch: Path, **changes) -> dict[str, str]:
+    """What a process without the package left behind."""
+    answer = {"module": "transformers_modules.model", "class": "M", "reading": {"tokenizer": ["T", "abc"]}}
+    save_file(changes.pop("outputs", {"logits.0": torch.ones(2)}), scratch / "outputs.safetensors")
+    (scratch / "outputs.json").write_text(json.dumps(answer | changes))
+    return {"folder": str(scratch / "model"), "outputs": str(scratch / "outputs.safetensors")}
 
 
-def test_another_vocabulary_is_found(assembled, tmp_path):
-    changed = tmp_path / "model"
-    shutil.copytree(assembled, changed)
-    EhrCodeTokenizer.from_codes(CODES[::-1], kinds=["diagnoses"], **FITTED).save_pretrained(changed)
-    with pytest.raises(PublishingError, match="tokenizer or processor of model"):
-        verify({changed: assembled})
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"outputs": {"logits.0": torch.tensor([1.0, 1.001])}}, r"`logits\.0` of model must be the same"),
+        ({"outputs": {"logits.0": torch.ones(2, 1)}}, r"`logits\.0` of model must be the same"),
+        ({"outputs": {"logits.0": torch.ones(2), "more.0": torch.ones(1)}}, r"`more\.0` of model must be the same"),
+        ({"reading": {"tokenizer": ["T", "abd"]}}, "tokenizer or processor of model must be the same"),
+        ({"class": "N"}, "model must load as M from its own code"),
+        ({"module": "hf_ehr.models.modeling_medbert"}, "model must load as M from its own code"),
+    ],
+)
+def test_whatever_differs_without_the_package_is_found(changes, message, tmp_path):
+    expected = {"logits.0": torch.ones(2)}, {"tokenizer": ["T", "abc"]}, "M"
+    _compare(told(tmp_path), *expected)
+    with pytest.raises(PublishingError, match=message):
+        _compare(told(tmp_path, **changes), *expected)
+
+
+def test_what_is_read_is_told_apart_by_what_it_knows(assembled, tmp_path):
+    EhrCodeTokenizer.from_codes(CODES[::-1], **FITTED).save_pretrained(tmp_path)
+    one, other = reading_of(assembled), reading_of(tmp_path)
+    assert one["tokenizer"][0] == other["tokenizer"][0] == "EhrCodeTokenizer"
+    assert one["tokenizer"][1] != other["tokenizer"][1]
 
 
 def test_code_that_needs_the_package_is_found(assembled, tmp_path):
@@ -358,7 +381,7 @@ import sys
 sys.modules["hf_ehr"] = None
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 name = sys.argv[1]
 model = AutoModelForSequenceClassification.from_pretrained(name, trust_remote_code=True).eval()
 assert "transformers_modules" in type(model).__module__, type(model)
@@ -368,13 +391,17 @@ torch.testing.assert_close(logits, load_file(sys.argv[3])["logits.0"], atol=1e-6
 tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)
 assert tokenizer.encode_patient([["ICD10CM/A10.9"]])["input_ids"] == [5]
 assert AutoModel.from_pretrained(name, trust_remote_code=True).config.thresholds == {"readmission": 0.3}
+answer = pipeline("risk-prediction", model=name, trust_remote_code=True)({"visits": [["ICD10CM/A10.9"]]})
+assert answer["threshold"] == 0.3 and 0 < answer["probability"] < 1, answer
 print("equal")
 """
 
 OWNER = """
 import sys
+from pathlib import Path
 import torch
 import hf_ehr
+from hf_ehr.hub import PublishingError, push
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
 model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1]).eval()
@@ -383,7 +410,7 @@ with torch.no_grad():
     logits = model(**load_file(sys.argv[2])).logits
 torch.testing.assert_close(logits, load_file(sys.argv[3])["logits.0"], atol=1e-6, rtol=0)
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-rows = [{"input_ids": [5, 6], "visit_ids": [1, 1], "labels": 0}, {"input_ids": [7, 8], "visit_ids": [1, 2], "labels": 1}]
+rows = [{"input_ids": [5, 6 + n], "visit_ids": [1, 1 + n], "labels": n} for n in (0, 1)]
 settings = TrainingArguments(
     sys.argv[4], max_steps=1, push_to_hub=True, hub_model_id="tester/trained", hub_private_repo=True, use_cpu=True,
     report_to="none", hub_strategy="end", disable_tqdm=True,
@@ -394,7 +421,11 @@ trainer.push_to_hub()
 again = AutoModelForSequenceClassification.from_pretrained("tester/trained")
 for name, weight in model.state_dict().items():
     assert torch.equal(again.state_dict()[name], weight), name
-print("equal")
+try:
+    push(Path(sys.argv[5]), "org/open")
+except PublishingError as error:
+    assert "org/open must be private" in str(error)
+    print("equal")
 """
 
 
@@ -438,15 +469,18 @@ def test_strangers_load_it_by_name_without_the_package(hub):
     done = run(command, hub.client_environment(hub.root / "stranger"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("equal")
-    refused = run(command, hub.client_environment(hub.root / "nobody", token=None))
-    assert refused.returncode != 0  # it is private
+    with pytest.raises(HTTPError, match="404"):  # it is private
+        urlopen(f"{hub.url}/org/readmission/resolve/main/config.json")
 
 
-def test_it_loads_with_the_package_and_the_trainer_pushes_its_own(hub):
+def test_with_the_package_it_loads_the_trainer_pushes_and_nothing_private_goes_to_a_public_repository(hub):
     (hub.root / "owner.py").write_text(OWNER)
-    files = [str(hub.root / name) for name in ("inputs", "outputs", "run")]
+    hub.repositories["org/open"] = Repository(private=False)
+    files = [str(hub.root / name) for name in ("inputs", "outputs", "run", "classifier-published")]
     done = run([str(hub.root / "owner.py"), "org/readmission", *files], hub.client_environment(hub.root / "owner"))
     assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("equal")
+    assert not hub.repositories["org/open"].files
     assert hub.repositories["tester/trained"].private
     assert {"modeling_medbert.py", "model.safetensors", "config.json"} <= set(hub.repositories["tester/trained"].files)
 
@@ -454,17 +488,6 @@ def test_it_loads_with_the_package_and_the_trainer_pushes_its_own(hub):
 def test_no_token_is_in_any_byte_that_was_uploaded(hub):
     assert sum(len(body) for body in hub.uploaded) > 50_000
     assert not any(TOKEN.encode() in body for body in hub.uploaded)
-
-
-def test_a_public_repository_gets_nothing_that_was_to_be_private(hub):
-    from tests.hub_stub import Repository
-
-    hub.repositories["org/open"] = Repository(private=False)
-    words = ["-m", "hf_ehr.cli.main", "publish", str(hub.root / "classifier"), "--repo-id", "org/open"]
-    refused = run(words, hub.client_environment(hub.root / "home"))
-    assert refused.returncode == 2
-    assert "org/open must be private" in refused.stderr
-    assert not hub.repositories["org/open"].files
 
 
 def test_without_a_token_nothing_is_done(trained, monkeypatch, tmp_path):

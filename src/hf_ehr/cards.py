@@ -31,11 +31,19 @@ LICENSE = "apache-2.0"
 FRONT = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 METRIC_TYPES = {"auroc": "roc_auc", "average_precision": "average_precision", "brier": "brier_score", "f1": "f1"}
 """Our names → those that the Hub knows; others keep ours."""
+PIPELINE_TAGS = {
+    "ForTokenClassification": "token-classification",
+    "ForMaskedLM": "fill-mask",
+    "Model": "feature-extraction",
+}
+"""Ends of the names of classes → the Hub's tag; of all others `text-classification`."""
 FIGURES = {
     "calibration.png": "Calibration on the test rows: observed share by predicted probability.",
     "decisions.png": "Net benefit by decision threshold.",
     "subgroups.png": "Figures by subgroup.",
 }
+
+SYNTHETIC = "Trained and judged on **synthetic patients** with planted structure: nothing clinical follows from it."
 
 USE = """## Intended use and misuse
 
@@ -137,9 +145,13 @@ def evaluation_card(
     source = manifest.source if manifest else "unknown"
     content = {"model": model, "architecture": (config.architectures or [""])[0], "task": task, "source": source}
     content |= figures
-    meta = front_matter(f"{model}, {task}", [model.lower(), *tags], content)
+    synthetic = source.startswith("synthetic")
+    named = [model.lower(), *tags, *(["synthetic"] if synthetic else [])]
+    meta = front_matter(f"{model}, {task}", named, content["architecture"], content)
     listed = "\n".join(f"- {note}" for note in notes)
     text = template.format(meta=meta, task=task, table=table.rstrip("\n") + "\n", notes=listed, **fields)
+    if synthetic:
+        text = text.replace("\n> ", f"\n> {SYNTHETIC}\n>\n> ", 1)
     shown = _plots(folder, plots)
     sections = [
         *shown, USE, _data(source, made), _cohort(made, task), _splits(manifest, content), LEAKAGE,
@@ -164,20 +176,22 @@ def write_readme(folder: Path, text: str) -> Path:
     return folder / "README.md"
 
 
-def front_matter(name: str, tags: Sequence[str], figures: Mapping[str, Any] | None = None) -> str:
+def front_matter(name: str, tags: Sequence[str], architecture: str, figures: Mapping[str, Any] | None = None) -> str:
     """YAML of a card, with the figures of an evaluation as the Hub's `model-index`.
 
     Args:
         name: Of the model.
         tags: Beside `ehr` and `transformers-ehr`.
+        architecture: Name of its class.
         figures: Content of `evaluation.json`.
     """
     from huggingface_hub import EvalResult, ModelCardData
 
+    kind = next((tag for end, tag in PIPELINE_TAGS.items() if architecture.endswith(end)), "text-classification")
     results = None
     if figures and figures.get("metrics"):
         shared = {
-            "task_type": "text-classification",
+            "task_type": kind,
             "task_name": figures["task"],
             "dataset_type": figures["source"],
             "dataset_name": f"{figures['source']}, test split",
@@ -190,7 +204,7 @@ def front_matter(name: str, tags: Sequence[str], figures: Mapping[str, Any] | No
             for one in figures["metrics"]
         ]  # fmt: skip
     meta = ModelCardData(
-        library_name="transformers", license=LICENSE, pipeline_tag="text-classification", model_name=name,
+        library_name="transformers", license=LICENSE, pipeline_tag=kind, model_name=name,
         tags=list(dict.fromkeys(["ehr", *tags, "transformers-ehr"])), eval_results=results,
     )  # fmt: skip
     return meta.to_yaml()
@@ -243,7 +257,7 @@ def with_figures(card: str, figures: Mapping[str, Any] | None) -> str:
     if not figures or not {"model", "task", "source", "metrics"} <= set(figures) or data.eval_results:
         return card
     name = data.model_name or f"{figures['model']}, {figures['task']}"
-    made = front_matter(name, data.tags or [], figures)
+    made = front_matter(name, data.tags or [], str(figures.get("architecture")), figures)
     return f"---\n{made}\n---\n{FRONT.sub('', card)}"
 
 
@@ -255,7 +269,7 @@ def minimal_card(config: Any) -> str:
     """
     name = (config.architectures or [config.model_type])[0]
     loaders = [key for key, value in (config.auto_map or {}).items() if str(value).endswith(f".{name}")]
-    card = MINIMAL.format(meta=front_matter(name, []), name=name, loader=(loaders or ["AutoModel"])[0])
+    card = MINIMAL.format(meta=front_matter(name, [], name), name=name, loader=(loaders or ["AutoModel"])[0])
     sections = [USE, _differences(config), PRIVACY.format(bound=""), LICENCE, _citation(config)]
     return "\n\n".join([card.rstrip(), *sections]) + "\n"
 
@@ -301,7 +315,7 @@ def _bound(made: Mapping[str, Any]) -> str:
 def _data(source: str, made: Mapping[str, Any]) -> str:
     lines = ["## Data", "", f"Source: `{source}`."]
     if source.startswith("synthetic"):
-        lines.append("These are synthetic patients with planted structure: nothing clinical follows from any figure.")
+        lines.append(SYNTHETIC)
     settings = {name: value for name, value in made.get("data", {}).items() if name != "data" and _plain(value)}
     if settings:
         lines.append("Read with " + ", ".join(f"`{name}` {value}" for name, value in settings.items()) + ".")

@@ -33,6 +33,20 @@ MODELS = Path(hf_ehr.models.__file__).parent
 """The modules that travel."""
 TOLERANCE = 1e-5
 """Largest difference of an output, relative to its size or absolute, whichever is larger."""
+READERS = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+PIPELINE_CODE = ("pipeline_patient_tasks.py", "pipeline_patients.py")
+PATIENT_MODELS = {
+    "ehr_medbert", "ehr_rnn", "ehr_gbert", "ehr_medmplm", "ehr_medhmp", "ehr_visitrnn", "ehr_concat",
+}  # fmt: skip
+PIPELINES: dict[str, tuple[tuple[str, ...], str]] = {
+    "medication-recommendation": (("ForMedicationRecommendation",), "MedicationRecommendationPipeline"),
+    "risk-prediction": (
+        ("ForSequenceClassification", "ForReadmission", "ForStayClassification", "ForAdmissionClassification"),
+        "RiskPredictionPipeline",
+    ),
+    "patient-feature-extraction": (("Model",), "PatientFeatureExtractionPipeline"),
+}
+"""Task → ends of the names of its models, and the class in `pipeline_patient_tasks.py`."""
 STALE = ["*.py", "*.safetensors", "*.json"]
 """Files of an earlier version of a repository that go when the new one lacks them."""
 
@@ -104,8 +118,13 @@ def assemble(source: Path, output: Path) -> Path:
 def write_folder(source: Path, target: Path) -> None:
     """Writes what may leave of the model folder `source` to `target`, unchecked."""
     model = open_whole(source)
+    pipelines = _pipelines(source, model)
+    if pipelines:
+        model.config.custom_pipelines = pipelines
     model.save_pretrained(target)
     _save_reading(source, target)
+    for name in PIPELINE_CODE if pipelines else ():
+        shutil.copy(MODELS / name, target / name)
     for name in ("evaluation.json", *FIGURES):
         if (source / name).is_file():
             shutil.copy(source / name, target / name)
@@ -302,18 +321,26 @@ def _check_replaceable(output: Path) -> None:
         ) from error
 
 
+def _pipelines(source: Path, model: Any) -> dict[str, Any]:
+    """What a folder says of the pipelines over patients that travel with it; none where nothing reads patients."""
+    name = type(model).__name__
+    if not any((source / reader).is_file() for reader in READERS) or model.config.model_type not in PATIENT_MODELS:
+        return {}
+    task = next((task for task, (ends, _) in PIPELINES.items() if name.endswith(ends)), None)
+    if task is None:
+        return {}
+    impl = f"pipeline_patient_tasks.{PIPELINES[task][1]}"
+    return {task: {"impl": impl, "pt": [type(model)._auto_class], "type": "text", "default": {}}}
+
+
 def _save_reading(source: Path, target: Path) -> None:
     """The tokenizer, feature extractor or processor of a folder, with the code that travels."""
     from transformers import AutoFeatureExtractor, AutoProcessor, AutoTokenizer
 
-    kinds: Sequence[tuple[str, Any]]
-    if (source / "processor_config.json").is_file():
-        kinds = [("processor_config.json", AutoProcessor)]
-    else:
-        kinds = [("preprocessor_config.json", AutoFeatureExtractor), ("tokenizer_config.json", AutoTokenizer)]
-    for name, kind in kinds:
-        if (source / name).is_file():
-            kind.from_pretrained(source).save_pretrained(target)
+    openers: Sequence[Any] = (AutoProcessor, AutoFeatureExtractor, AutoTokenizer)
+    found = [opener for name, opener in zip(READERS, openers, strict=True) if (source / name).is_file()]
+    for opener in found[:1] if found[:1] == [AutoProcessor] else found:  # a processor saves its parts
+        opener.from_pretrained(source).save_pretrained(target)
 
 
 __all__ = ["PublishArguments", "PublishingError", "assemble", "check_publishable", "publish", "push", "verify"]
