@@ -18,7 +18,7 @@ from hf_ehr.datasets import build_examples, split_patients
 from hf_ehr.metrics import auroc
 from hf_ehr.prepare import prepare
 from hf_ehr.schema import shard_paths
-from hf_ehr.tasks import label_dataset, read_labels
+from hf_ehr.tasks import read_labels
 from hf_ehr.vocabulary import fit_tokenizer
 
 
@@ -48,8 +48,6 @@ def main(arguments: list[str] | None = None) -> None:
     torch.manual_seed(0)
     with accelerator.main_process_first():
         prepare("synthetic", None, data, workers=1, options={"world": "C", "patients": options.patients})
-        if not (data / "labels" / "synthetic_outcome.parquet").is_file():
-            label_dataset("synthetic_outcome", data)
     ids = [
         pq.read_table(path, columns=["subject_id"])["subject_id"].to_numpy() for path in shard_paths(data, "records")
     ]

@@ -17,7 +17,7 @@ from hf_ehr.collators import PaddedCollator
 from hf_ehr.datasets import build_examples, split_patients
 from hf_ehr.prepare import prepare
 from hf_ehr.schema import shard_paths
-from hf_ehr.tasks import label_dataset, read_labels
+from hf_ehr.tasks import read_labels
 from hf_ehr.vocabulary import fit_tokenizer
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["qkv"], modules_to_save=["classifier"])
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
         tokenizer.save_pretrained(base)
     tokenizer = AutoTokenizer.from_pretrained(base)
     examples = build_examples(
-        data, tokenizer, read_labels(label_dataset("synthetic_outcome", data)), subject_ids=train
+        data, tokenizer, read_labels(data / "labels" / "synthetic_outcome.parquet"), subject_ids=train
     )
     model = get_peft_model(MedBertForSequenceClassification.from_pretrained(base), LORA)
     model.print_trainable_parameters()
