@@ -213,7 +213,7 @@ def blinded(examples: datasets.Dataset) -> datasets.Dataset:
 def entity_arrays(entities: list[list[Entity]]) -> dict[str, np.ndarray]:
     """The entities of notes as arrays; see :func:`entities_from`."""
     rows = [(note, *one) for note, found in enumerate(entities) for one in found]
-    columns = list(zip(*rows, strict=True)) or [[], [], [], []]
+    columns: list[Any] = list(zip(*rows, strict=True)) or [[], [], [], []]
     numbers = {
         name: np.array(column, np.int64) for name, column in zip(("note", "start", "end"), columns, strict=False)
     }

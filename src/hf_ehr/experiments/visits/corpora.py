@@ -153,7 +153,8 @@ def _write_records(corpus: NoteFolder, notes: pa.Table, spans: pa.Table, folder:
 
 def _codes(corpus: NoteFolder, notes: pa.Table, spans: pa.Table) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """Diagnoses of each note, and what stands in the place of its drugs."""
-    diagnoses, others = defaultdict(list), defaultdict(list)
+    diagnoses: dict[str, list[str]] = defaultdict(list)
+    others: dict[str, list[str]] = defaultdict(list)
     for row in corpus.labels().to_pylist():
         (others if row["code"].startswith(PROCEDURE) else diagnoses)[row["note_id"]].append(row["code"])
     texts = dict(zip(notes["note_id"].to_pylist(), notes["text"].to_pylist(), strict=True))
