@@ -294,6 +294,8 @@ def poisoned(folder: Path, kind: str) -> None:
     card = folder / "README.md"
     if kind == "pickle":
         (folder / "model.safetensors").write_bytes(pickle.dumps({"weights": [1.0]}))
+    elif kind == "text":
+        (folder / "model.safetensors").write_text("the patient was admitted with chest pain")
     elif kind == "archive":
         with zipfile.ZipFile(folder / "calibration.png", "w") as archive:
             archive.writestr("notes.txt", "text")
@@ -320,6 +322,7 @@ def poisoned(folder: Path, kind: str) -> None:
     [
         ("pickle", "pickle or an archive"),
         ("archive", "pickle or an archive"),
+        ("text", "no safetensors file"),
         ("token", "access token"),
         ("own token", "access token"),
         ("home", "folder of this machine"),

@@ -43,8 +43,8 @@ def reading_of(folder: Path, **options: Any) -> dict[str, Any]:
 
     if (folder / "processor_config.json").is_file():
         processor = AutoProcessor.from_pretrained(folder, **options)
-        parts = {name: getattr(processor, name, None) for name in processor.get_attributes()}
-        return {"class": type(processor).__name__} | {name: _known(part) for name, part in parts.items()}
+        known = {name: _known(part) for name, part in sorted(vars(processor).items())}
+        return {"class": type(processor).__name__} | {name: one for name, one in known.items() if one is not None}
     found = {}
     if (folder / "preprocessor_config.json").is_file():
         found["feature_extractor"] = _known(AutoFeatureExtractor.from_pretrained(folder, **options))
@@ -54,8 +54,8 @@ def reading_of(folder: Path, **options: Any) -> dict[str, Any]:
 
 
 def _known(part: Any) -> list[str] | None:
-    """Class of a tokenizer or feature extractor, and a digest of its vocabulary or variables."""
-    if part is None:
+    """Class of a tokenizer or feature extractor and a digest of what it knows; None for what is none."""
+    if not (hasattr(part, "get_vocab") or hasattr(part, "to_dict")):
         return None
     known = part.get_vocab() if hasattr(part, "get_vocab") else part.to_dict()
     known = {name: value for name, value in known.items() if name not in ("auto_map", "_processor_class")}

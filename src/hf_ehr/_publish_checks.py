@@ -51,6 +51,8 @@ PATIENT_KEYS = {
 }  # fmt: skip
 """Keys of JSON under which somebody's identity would stand."""
 TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
+ARCHIVES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK")
+"""First bytes of pickles of all protocols in use, and of zip archives."""
 CODE_TOKENIZER = "EhrCodeTokenizer"
 
 
@@ -94,7 +96,7 @@ def check_contents(folder: Path, *, code: Path, secrets: Iterable[bytes] = (), p
             raise PublishingError(f"{name} must be a file, got a link. Remove it.")
         if reason := why_not(name):
             raise PublishingError(f"{name} must not be published: it is {reason}. Remove it from the folder.")
-        content = path.read_bytes()
+        content = _head(path) if name.suffix == ".safetensors" else path.read_bytes()
         for found in _content_faults(name, content, code, tuple(secrets), tuple(places)):
             raise PublishingError(f"{name} must not be published: {found}.")
 
@@ -102,18 +104,29 @@ def check_contents(folder: Path, *, code: Path, secrets: Iterable[bytes] = (), p
 def _content_faults(
     name: Path, content: bytes, code: Path, secrets: tuple[bytes, ...], places: tuple[str, ...]
 ) -> Iterator[str]:
-    if content[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK"):
+    if content[:2] in ARCHIVES:
         yield "it is a pickle or an archive, whatever its name says. Remove it"
     if name.suffix == ".py" and not _travels(name, content, code):
         yield "its code is not that of `hf_ehr.models`. Save the model again with this version of the package"
     if TOKEN.search(content) or any(secret in content for secret in secrets):
         yield "it holds an access token. Take it out, and revoke the token"
-    if name.suffix == ".safetensors":
-        return
+    if name.suffix == ".safetensors" and not content:
+        yield "it is no safetensors file. Save the model again"
     if any(place.encode() in content for place in places):
         yield "it names a folder of this machine. Take the path out"
     if name.suffix == ".json" and (keys := _keys(json.loads(content)) & PATIENT_KEYS):
         yield f"under {', '.join(sorted(keys))} it tells one patient from another. Take them out"
+
+
+def _head(path: Path) -> bytes:
+    """What a safetensors file says of its tensors; the first bytes of any other, or nothing where they say nothing."""
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        header = file.read(length) if 0 < length <= path.stat().st_size - 8 else b""
+    if header.startswith(b"{"):  # looked at first, for a length may begin as a pickle does
+        return header
+    return start if start[:2] in ARCHIVES else b""
 
 
 def _travels(name: Path, content: bytes, code: Path) -> bool:
