@@ -10,9 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from transformers import AutoModelForSequenceClassification, AutoProcessor
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoProcessor, BertConfig, BertModel
 
-from hf_ehr import GBertForPreTraining, MedBertConfig, MedBertForMaskedLM, MedMPLMProcessor
+from hf_ehr import EhrCodeTokenizer, GBertForPreTraining, MedBertConfig, MedBertForMaskedLM, MedMPLMProcessor
+from hf_ehr.cli.main import main
 from hf_ehr.metrics import auroc
 from hf_ehr.recommendation_baselines import AskedVisits
 from hf_ehr.training._visit_models import VISIT_BASELINES, new_visit_baseline
@@ -180,8 +182,6 @@ def test_trained_encoders_are_taken_over(data, processor, tmp_path):
     model = model_of("gbert", "readmission_30d", processor, data, code_encoder=str(tmp_path / "gbert"))
     for name, value in source.gbert.state_dict().items():
         assert torch.equal(model.state_dict()[f"model.code_encoder.{name}"], value), name
-    from hf_ehr import EhrCodeTokenizer
-
     known = EhrCodeTokenizer.from_codes(["ATC/A01A", "ICD10CM/A10"])
     medbert = MedBertForMaskedLM(MedBertConfig.tiny(vocab_size=len(known)))
     medbert.save_pretrained(tmp_path / "medbert")
@@ -196,8 +196,6 @@ def test_trained_encoders_are_taken_over(data, processor, tmp_path):
 
 
 def test_the_vocabularies_and_the_text_encoder_of_a_medm_plm_are_read(data, tmp_path):
-    from transformers import BertConfig, BertModel
-
     words = fit_visit_processor(
         data.data, data.splits()["train"], min_patients=2, note_max_length=16, note_vocab_size=60
     ).note_tokenizer
@@ -213,15 +211,13 @@ def test_the_vocabularies_and_the_text_encoder_of_a_medm_plm_are_read(data, tmp_
     model = new_visit_baseline("note+gbert", arguments, ["no", "yes"], processor, 0)
     wanted = text.state_dict()
     assert all(torch.equal(wanted[n], v) for n, v in model.model.note_encoder.state_dict().items())
-    from safetensors.torch import load_file
-
     source = load_file(f"{folder}/model.safetensors")
     name = "encoder.layers.0.attention.qkv.weight"
     assert torch.equal(model.model.code_encoder.state_dict()[name], source[f"medmplm.code_encoder.{name}"])
-    fewer = fit_visit_processor(data.data, data.splits()["train"], min_patients=30, note_vocab_size=60)
-    if len(fewer.diagnosis_tokenizer) != len(processor.diagnosis_tokenizer):
-        with pytest.raises(ValueError, match="vocabularies of the model"):
-            new_visit_baseline("note+gbert", arguments, ["no", "yes"], fewer, 0)
+    other = EhrCodeTokenizer.from_codes(["ICD10CM/A10"], kinds=["diagnoses"])
+    fewer = MedMPLMProcessor(other, processor.medication_tokenizer, processor.note_tokenizer)
+    with pytest.raises(ValueError, match="vocabularies of the model"):
+        new_visit_baseline("note+gbert", arguments, ["no", "yes"], fewer, 0)
 
 
 @pytest.mark.parametrize(
@@ -238,3 +234,13 @@ def test_what_a_baseline_cannot_do_is_refused(processor, kind, task, message):
         new_visit_baseline(kind, options(task, kind), ["no", "yes"], codes, 0)
     with pytest.raises(ValueError, match="`baseline` must be one of"):
         options(task, "lstm")
+
+
+@pytest.mark.parametrize("model", ["visitrnn", "ehrconcat", "ehrtext", "ehrtagger"])
+def test_every_baseline_has_a_page_of_help(model, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["finetune", model, "--help"])
+    assert stop.value.code == 0
+    page = capsys.readouterr().out
+    assert f"hf-ehr finetune {model}" in page
+    assert ("--encoder" if model == "ehrtagger" else "--baseline") in page
