@@ -279,7 +279,7 @@ def without_answers(examples: datasets.Dataset) -> datasets.Dataset:
     """The same visits with no answer in them."""
     if "labels" in examples.column_names:
         nothing: Any = [0] * len(examples)
-        return examples.remove_columns("labels").add_column("labels", nothing)  # type: ignore[call-arg]
+        return examples.remove_columns("labels").add_column("labels", nothing)
     nothing = [[[] for _ in asked] for asked in examples["asked"]]
     kept = examples.remove_columns("label_ids")
     return kept.add_column("label_ids", nothing, feature=examples.features["label_ids"])

@@ -112,7 +112,8 @@ class EntityArguments:
 
     def part(self, note_ids: pa.Array) -> tuple[pa.Table, pa.Table]:
         """NOTES and ENTITIES of some notes."""
-        return tuple(table.filter(pc.is_in(table["note_id"], value_set=note_ids)) for table in self.corpus)  # type: ignore[return-value]
+        notes, entities = (table.filter(pc.is_in(table["note_id"], value_set=note_ids)) for table in self.corpus)
+        return notes, entities
 
     def manifest(self) -> SplitManifest:
         """The patients of each split as hashes; of i2b2, which does not say whose a note is, the notes."""
@@ -268,7 +269,7 @@ def fit_tagger(
     quiet(trainer).train(resume_from_checkpoint=last_checkpoint(training))
 
 
-def _window_f1(labels: np.ndarray, tags: Any, names: dict[int, str]) -> float:
+def _window_f1(labels: Any, tags: Any, names: dict[int, str]) -> float:
     """Strict micro F1 of the entities of windows, (windows, length) both; 0 where nothing is right."""
     found = tags[0] if isinstance(tags, tuple) else tags
     true, predicted = (
