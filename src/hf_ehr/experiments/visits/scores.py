@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,12 +25,13 @@ SHOWN: dict[str, dict[str, str]] = {
     },
     ADMISSION: {"auroc": "AUROC", "average_precision": "average precision", "f1": "F1"},
     CODING: {
-        "average_precision_micro": "micro-PR-AUC", "auroc_micro": "micro-AUROC", "f1_micro": "micro-F1",
-        "jaccard_micro": "micro-Jaccard", "map": "MAP",
+        "map": "MAP", "f1_micro": "micro-F1", "jaccard_micro": "micro-Jaccard", "auroc_micro": "micro-AUROC",
+        "average_precision_micro": "micro-PR-AUC",
     },
     ENTITIES: {"f1": "strict F1", "precision": "precision", "recall": "recall", "f1_macro": "F1, mean over types"},
 }  # fmt: skip
 """Figures of each setting and their names in tables; the first is the one that is compared."""
+_OF_ALL_CELLS = ("auroc_micro", "average_precision_micro", "auroc_macro", "average_precision_macro", "f1_macro")
 _AT_ONCE = 256  # resamples
 
 
@@ -50,23 +52,34 @@ def thresholded(setting: str, validation: Asked | None, cell: Any) -> Said:
     return Said(cell["test"], float(tune_thresholds(MultilabelPredictions.of(p, truth)).common))
 
 
-def figures(setting: str, asked: Asked, said: Said, weights: np.ndarray) -> dict[str, np.ndarray]:
+def figures(setting: str, asked: Asked, said: Said, weights: np.ndarray, slow: bool = False) -> dict[str, np.ndarray]:
     """Figures in which rows count as often as ``weights`` (resamples, rows) say.
 
+    Args:
+        setting: What is asked.
+        asked: Of the test visits.
+        said: Of one draw.
+        weights: How often.
+        slow: Whether also those that rank all cells at once, which take long for many resamples.
+
     Returns:
-        Name → (resamples,); the names of :data:`SHOWN`, of recommendation and entities further ones.
+        Name → (resamples,); with ``slow`` the names of :data:`SHOWN` and further ones.
     """
     if setting == ENTITIES:
         return _figures(EntityCounts.of(asked.truth, said.values), weights)
-    if setting == RECOMMENDATION:
-        p, threshold = np.asarray(said.values, float), said.threshold or 0.5
-        return _weighted(asked.truth, p, threshold, asked.previous, None, None, weights)
+    p, threshold = np.asarray(said.values, float), 0.5 if said.threshold is None else said.threshold
     if setting == ADMISSION:
-        return _yes_or_no(asked.truth, np.asarray(said.values, float), said.threshold or 0.5, weights)
-    predictions = MultilabelPredictions.of(said.values, asked.truth)
-    names = [name for name in SHOWN[CODING] if name != "jaccard_micro"]
-    found = figures_of(predictions, said.threshold or 0.5, weights, metrics=names)
-    return found | {"jaccard_micro": found["f1_micro"] / (2 - found["f1_micro"])}
+        return _yes_or_no(asked.truth, p, threshold, weights)
+    if setting == RECOMMENDATION:
+        found = _weighted(asked.truth, p, threshold, asked.previous, None, None, weights)
+    else:
+        predictions = MultilabelPredictions.of(p, asked.truth)
+        found = figures_of(predictions, threshold, weights, metrics=("map", "f1_micro"))
+        found |= {"jaccard_micro": found["f1_micro"] / (2 - found["f1_micro"])}
+    if slow:
+        predictions = MultilabelPredictions.of(p, asked.truth)
+        found |= figures_of(predictions, threshold, weights, metrics=_OF_ALL_CELLS)
+    return found
 
 
 def primary_of(setting: str, asked: Asked, values: Any) -> float:
@@ -80,7 +93,8 @@ def resampled(
 ) -> dict[str, ResampledDraws]:
     """The figures of the draws of a row, on the data and on resampled patients × draws.
 
-    Rows of one place share their resamples, so that any two are compared (:class:`ResampledDraws`).
+    Rows of one place share their resamples, so that any two are compared (:class:`ResampledDraws`). Figures that
+    rank all cells at once have no intervals.
 
     Args:
         setting: What is asked.
@@ -91,33 +105,29 @@ def resampled(
         seed: Of the resampling.
     """
     members = np.unique(asked.patients, return_inverse=True)[1]
-    parts: list[dict[str, np.ndarray]] = []
+    plain = [figures(setting, asked, one, np.ones((1, len(members))), slow=True) for one in draws]
+    parts: list[list[dict[str, np.ndarray]]] = []
     counts = []
     for weights, drawn in _chunks(members, n_draws, n_resamples, seed):
-        of_draws = [figures(setting, asked, one, weights) for one in draws]
-        parts.append({name: np.stack([found[name] for found in of_draws], axis=1) for name in of_draws[0]})
+        parts.append([figures(setting, asked, one, weights) for one in draws])
         counts.append(drawn)
-    drawn = np.concatenate(counts)[1:]
+    every = np.concatenate(counts)
     found = {}
-    for name in parts[0]:
-        values = np.concatenate([part[name] for part in parts])
-        found[name] = ResampledDraws(
-            np.broadcast_to(values[0], n_draws), np.broadcast_to(values[1:], drawn.shape), drawn
-        )
+    for name in plain[0]:
+        values = np.array([one[name][0] for one in plain])
+        again = np.full((n_resamples, len(draws)), np.nan)
+        if name in parts[0][0]:
+            again = np.concatenate([np.stack([one[name] for one in part], axis=1) for part in parts])
+        found[name] = ResampledDraws(np.broadcast_to(values, n_draws), np.broadcast_to(again, every.shape), every)
     return found
 
 
 def _chunks(members: np.ndarray, n_draws: int, n_resamples: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Weights of rows and draws, the data as they are first, some resamples at a time."""
-    weights, drawn = [np.ones(len(members))], [np.ones(n_draws)]
-    for weight, draws in resamples(members, n_draws, n_resamples, seed):
-        weights.append(weight)
-        drawn.append(draws)
-        if len(weights) == _AT_ONCE:
-            yield np.stack(weights), np.stack(drawn)
-            weights, drawn = [], []
-    if weights:
-        yield np.stack(weights), np.stack(drawn)
+    """Weights of rows and of draws, some resamples at a time."""
+    drawn = resamples(members, n_draws, n_resamples, seed)
+    while some := list(islice(drawn, _AT_ONCE)):
+        weights, counts = zip(*some, strict=True)
+        yield np.stack(weights), np.stack(counts)
 
 
 def _yes_or_no(truth: np.ndarray, p: np.ndarray, threshold: float, weights: np.ndarray) -> dict[str, np.ndarray]:

@@ -41,7 +41,7 @@ INITS = {
 }
 """What rows can start from."""
 PRIMARY = {
-    RECOMMENDATION: "average_precision_samples", ADMISSION: "auroc", CODING: "average_precision_micro", ENTITIES: "f1",
+    RECOMMENDATION: "average_precision_samples", ADMISSION: "auroc", CODING: "map", ENTITIES: "f1",
 }  # fmt: skip
 """The figure of each setting that rows are compared by, and learning rates chosen by."""
 
