@@ -140,7 +140,7 @@ class Handler(BaseHTTPRequestHandler):
         url = {"url": f"{self.server.url}/{name}", "name": name}
         if name in self.server.repositories:
             return self.answer(url | {"error": "You already created this model repo"}, 409)
-        self.server.repositories[name] = Repository(private=bool(asked.get("private")))
+        self.server.repositories[name] = Repository(private=asked.get("visibility") == "private")
         return self.answer(url)
 
     def whoami(self, _: bytes) -> None:

@@ -209,7 +209,7 @@ def told(scratch: Path, **changes) -> dict[str, str]:
     answer = {"module": "transformers_modules.model", "class": "M", "reading": {"tokenizer": ["T", "abc"]}}
     save_file(changes.pop("outputs", {"logits.0": torch.ones(2)}), scratch / "outputs.safetensors")
     (scratch / "outputs.json").write_text(json.dumps(answer | changes))
-    return {"folder": str(scratch / "model"), "outputs": str(scratch / "outputs.safetensors")}
+    return {"name": "model", "outputs": str(scratch / "outputs.safetensors")}
 
 
 @pytest.mark.parametrize(
