@@ -26,7 +26,7 @@ from hf_ehr.training.visits import (
     labelled_visits,
     predict_visits,
 )
-from hf_ehr.visit_evaluation import without_answers
+from hf_ehr.visit_evaluation import drug_notes, without_answers
 from tests.builders import patient, records, visit
 from tests.test_visit_training import DRUGS, write
 
@@ -224,3 +224,9 @@ def test_files_name_no_patient_and_groups_of_few_have_no_figures(tmp_path):
     assert float(groups["F"]["jaccard_samples"]) == pytest.approx(own["jaccard_samples"])
     micro = micro_scores(MultilabelPredictions.of(comparison.test["Model"], comparison.truth))
     assert f"{micro['average_precision_micro']:.3f}" in table.read_text()
+
+
+def test_drugs_in_the_sources_own_codes_are_pointed_out():
+    assert drug_notes(["ATC/A10B", "ATC/C07A"]) == []
+    (note,) = drug_notes(["ATC/A10B", "NDC/00002143380", "LOCAL/1"])
+    assert note.startswith("2 of the 3 drugs are not in ATC")

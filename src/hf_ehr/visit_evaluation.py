@@ -6,7 +6,7 @@ test visits ─ codes, words ─▶ repeat last visit, popularity, LR, LightGBM 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -235,7 +235,7 @@ def _sets(made: _Made, splits: dict[str, np.ndarray], output: Path, ddi: str | N
         groups_of(*demographics(made.data.data, test.subject_ids, test.visit_ids)),
         None if ddi is None else ddi_matrix(ddi, names),
     )
-    notes = _notes(made, comparison.train_size)
+    notes = _notes(made, comparison.train_size) + (drug_notes(names) if common else [])
     title = f"{made.options.task}: test visits"
     table, results = write_set_table(comparison, made.name, output, title, notes)
     cells = {name: (comparison.truth.ravel(), p.ravel()) for name, p in comparison.test.items()}
@@ -294,6 +294,17 @@ def _notes(made: _Made, train_size: int) -> list[str]:
             "drugs, was seen. The figures are optimistic."
         )
     return notes
+
+
+def drug_notes(names: Sequence[str]) -> list[str]:
+    """A warning where labels are no ATC classes."""
+    others = sum(not name.startswith("ATC/") for name in names)
+    if not others:
+        return []
+    return [
+        f"{others:,} of the {len(names):,} drugs are not in ATC: the source's own codes tell strengths and packages "
+        "apart. `hf-ehr map-drugs` maps them with a table of yours."
+    ]
 
 
 def _calibration(rows: Mapping[str, tuple[np.ndarray, np.ndarray]], reference: str, output: Path) -> None:
