@@ -153,7 +153,7 @@ def test_tasks_of_ones_own_are_shown_and_lost_ones_named(folder):
     (folder / "model" / "finetune.json").write_text(json.dumps(made))
     assert get_task("prolonged_stay").to_yaml().strip() in written(folder).text
     own.unlink()
-    assert "`readmission_30d`: labels as the prepared folder has them" in written(folder).text
+    assert "`readmission_30d`: labels of this name" in written(folder).text
     assert str(folder) not in written(folder).content
 
 

@@ -148,7 +148,7 @@ def evaluation_card(
     synthetic = source.startswith("synthetic")
     named = [model.lower(), *tags, *(["synthetic"] if synthetic else [])]
     meta = front_matter(f"{model}, {task}", named, content["architecture"], content)
-    listed = "\n".join(f"- {note}" for note in notes)
+    listed = "\n".join(f"- {note}" for note in notes if note not in table)
     text = template.format(meta=meta, task=task, table=table.rstrip("\n") + "\n", notes=listed, **fields)
     if synthetic:
         text = text.replace("\n> ", f"\n> {SYNTHETIC}\n>\n> ", 1)
@@ -334,7 +334,7 @@ def _cohort(made: Mapping[str, Any], task: str) -> str:
     try:
         spec = TaskSpec.from_yaml(named) if named.endswith((".yaml", ".yml")) else get_task(named)
     except (ValueError, OSError):
-        known = f"`{task}`: labels as the prepared folder has them; `hf_ehr.tasks` says how they are made."
+        known = f"`{task}`: labels of this name, of which no definition is known here but the code that made them."
         return "\n".join([*lines, known])
     lines += ["Who is asked, when and about what, as `hf_ehr.tasks` runs it:", ""]
     return "\n".join([*lines, "```yaml", spec.to_yaml().strip(), "```"])

@@ -16,12 +16,13 @@ from transformers import TrainingArguments
 
 from . import baselines, training
 from .cards import evaluation_card, figures_of_rows
-from .datasets import build_examples
+from .datasets import SEXES, build_examples
 from .metrics import best_f1_threshold
 from .models.modeling_medbert import MedBertForSequenceClassification
 from .models.tokenization_ehr import EhrCodeTokenizer
 from .reports import evaluate_rows, write_table
-from .schema import DatasetInfo, EhrDataError
+from .schema import DatasetInfo, EhrDataError, atomic_path
+from .subgroups import age_bands, subgroup_lines, subgroups, write_subgroups
 from .tasks.audit import OneShotTest
 from .training import FINETUNE_FILE, DataArguments, FinetuneArguments
 from .training._runs import arguments_from
@@ -87,6 +88,7 @@ class Comparison:
         truth: Labels of the test examples, (examples,).
         patients: Patient of each test example, (examples,).
         train_size: Number of training examples.
+        groups: Name → group of each test example, None where unknown.
     """
 
     test: dict[str, np.ndarray]
@@ -94,10 +96,11 @@ class Comparison:
     truth: np.ndarray
     patients: np.ndarray
     train_size: int
+    groups: dict[str, Any] = field(default_factory=dict)
 
 
 def evaluate(arguments: EvaluateArguments) -> Path:
-    """Compares a fine-tuned folder with its rivals; writes `table.{md,csv,json}`, `calibration.png` and a card.
+    """Compares a fine-tuned folder with its rivals; writes `table.{md,csv,json}`, `subgroups.csv`, a plot and a card.
 
     Returns:
         Path of the Markdown table.
@@ -116,6 +119,7 @@ def evaluate(arguments: EvaluateArguments) -> Path:
     task, source = training.task_name(options.task), DatasetInfo.load(data.data).source
     notes = [f"Task `{task}`, {comparison.train_size:,} training examples of {source}."]
     table = write_results(comparison, output, f"{task}: test patients", notes)
+    _append_subgroups(comparison, table)
     calibration_plot(
         {name: (comparison.truth, p) for name, p in comparison.test.items() if name in (REFERENCE, PPMI)},
         output / "calibration.png",
@@ -163,7 +167,9 @@ def compare(
     truth = OneShotTest(np.asarray(parts["test"]["labels"])).read()
     patients = np.asarray(parts["test"]["subject_id"])
     test = {name: p.test for name, p in predictions.items()}
-    return Comparison(test, thresholds, truth, patients, len(parts["train"]))
+    sexes = [None if not place else SEXES[place - 1] for place in parts["test"]["sex"]]
+    groups = {"sex": sexes, "age": age_bands(np.asarray(parts["test"]["age"], np.float64))}
+    return Comparison(test, thresholds, truth, patients, len(parts["train"]), groups)
 
 
 def write_results(comparison: Comparison, output: Path, title: str, notes: list[str]) -> Path:
@@ -174,6 +180,16 @@ def write_results(comparison: Comparison, output: Path, title: str, notes: list[
     )  # fmt: skip
     paths = write_table(rows, output / "table", title, notes)
     return next(path for path in paths if path.suffix == ".md")
+
+
+def _append_subgroups(comparison: Comparison, table: Path) -> None:
+    """Adds the model's figures by subgroup to the Markdown, and writes them as CSV beside it."""
+    own, cut = comparison.test[REFERENCE], comparison.thresholds[REFERENCE]
+    groups = subgroups(comparison.truth, own, comparison.patients, comparison.groups, cut)
+    write_subgroups(groups, table.with_name("subgroups.csv"))
+    lines = ["", f"## Subgroups ({REFERENCE})", "", *subgroup_lines(groups), ""]
+    with atomic_path(table) as temporary:
+        temporary.write_text(table.read_text(encoding="utf-8") + "\n".join(lines), encoding="utf-8")
 
 
 def write_card(
