@@ -81,7 +81,7 @@ def typed_entities(spans: pa.Table) -> pa.Table:
 def corpus_examples(
     folder: str, splits: dict[str, np.ndarray], tokenizer: Any, max_length: int
 ) -> tuple[list[str], dict[str, datasets.Dataset]]:
-    """The names of the tags and the examples of each split, with the tags of their words.
+    """The names of the tags and the examples of each split, those of training and validation with their tags.
 
     Args:
         folder: Of :func:`make_corpus`.
@@ -91,10 +91,13 @@ def corpus_examples(
     """
     entities = pq.read_table(Path(folder) / ENTITIES)
     notes = {split: corpus_notes(folder, subjects) for split, subjects in splits.items()}
-    own = {split: entities.filter(pc.is_in(entities["note_id"], part["note_id"])) for split, part in notes.items()}
-    tags = tag_names(pa.concat_tables([own["train"], own["validation"]])["type"].to_pylist())
+    own = {
+        split: entities.filter(pc.is_in(entities["note_id"], notes[split]["note_id"]))
+        for split in ("train", "validation")
+    }
+    tags = tag_names(pa.concat_tables(own.values())["type"].to_pylist())
     return tags, {
-        split: build_entity_examples(part, tokenizer, tags, entities=own[split], max_length=max_length)
+        split: build_entity_examples(part, tokenizer, tags, entities=own.get(split), max_length=max_length)
         for split, part in notes.items()
     }
 

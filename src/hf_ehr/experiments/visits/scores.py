@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hf_ehr.code_thresholds import tune_thresholds
-from hf_ehr.experiments.visits.cells import Asked
+from hf_ehr.experiments.visits.cells import Asked, entities_from
 from hf_ehr.experiments.visits.spec import ADMISSION, CODING, ENTITIES, PRIMARY, RECOMMENDATION
 from hf_ehr.intervals import ResampledDraws, resamples
 from hf_ehr.metrics import auroc, average_precision, best_f1_threshold
@@ -42,10 +42,16 @@ class Said(NamedTuple):
     threshold: float | None = None
 
 
-def thresholded(setting: str, validation: Asked | None, cell: Any) -> Said:
-    """What a cell says, with the threshold of the best F1 over all cells of validation visits."""
-    if setting == ENTITIES or validation is None:
-        raise ValueError("`setting` must have a threshold.")
+def said_by(setting: str, validation: Asked | None, cell: Any) -> Said:
+    """What a cell says, with the threshold of the best F1 over all cells of validation visits.
+
+    Args:
+        setting: What is asked.
+        validation: What is true of validation visits; None where entities are named, which have no threshold.
+        cell: Its arrays.
+    """
+    if validation is None:
+        return Said(entities_from(cell))
     p, truth = np.asarray(cell["validation"], float), validation.truth
     if setting == ADMISSION:
         return Said(cell["test"], float(best_f1_threshold(truth, p)))

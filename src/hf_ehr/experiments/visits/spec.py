@@ -255,6 +255,12 @@ class VisitSpec:
                         f"got {task!r}. Change it."
                     )
 
+        idle = {row.name for row in self.rows} - {r.name for column in self.columns() for r in self.rows_of(*column)}
+        if idle:
+            raise EhrDataError(f"`rows` must stand in a column each, {sorted(idle)} do in none. Leave them out.")
+        for task in self.finetuning_of_task:
+            one_of("finetuning_of_task", task, {task for _, task in self.columns()}, self.name)
+
     @classmethod
     def from_yaml(cls, path: str | Path) -> VisitSpec:
         """Reads a file, or a specification of the package by its name (``medmplm_table3``).

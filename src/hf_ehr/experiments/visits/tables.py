@@ -15,8 +15,8 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from hf_ehr.experiments.tables import _finite, _size
-from hf_ehr.experiments.visits.cells import Asked, VisitBench, VisitCell, entities_from
-from hf_ehr.experiments.visits.scores import SHOWN, Said, resampled, thresholded
+from hf_ehr.experiments.visits.cells import Asked, VisitBench, VisitCell
+from hf_ehr.experiments.visits.scores import SHOWN, resampled, said_by
 from hf_ehr.experiments.visits.spec import ENTITIES, PRIMARY, VisitData, VisitRow, VisitSpec, setting_of
 from hf_ehr.intervals import Interval, ResampledDraws, holm, resamples_for, verdict
 from hf_ehr.reports import FEW_POSITIVES
@@ -122,10 +122,7 @@ def _collect_place(
     validation = None if setting == ENTITIES else bench.asked(some, "validation")
     n_draws, scored = max(map(len, there.values())), {}
     for name, found in there.items():
-        draws = [
-            Said(entities_from(cell)) if setting == ENTITIES else thresholded(setting, validation, cell)
-            for cell in found
-        ]
+        draws = [said_by(setting, validation, cell) for cell in found]
         scored[name] = resampled(setting, asked, draws, n_draws, n_resamples)
         report.entries.append(_entry(place, name, found, asked, scored[name]))
     metric, entry = PRIMARY[setting], report.entries[-1]
