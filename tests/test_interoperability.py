@@ -317,43 +317,23 @@ trigger: admission
 windows:
   target: {start: trigger, end: start + 30d, start_inclusive: False, end_inclusive: True, label: drug, index_timestamp: start}
 """  # noqa: E501 - as ACES writes it
-THERE = """
-import json, sys
-from datetime import datetime
-from pathlib import Path
-import polars as pl
-from aces import config, predicates, query
-from omegaconf import DictConfig
-folder = Path(sys.argv[1])
-task = config.TaskExtractorConfig.load(folder / "task.yaml")
-data = DictConfig({"path": str(folder / "events.parquet"), "standard": "meds"})
-found = query.query(task, predicates.get_predicates_df(task, data))
-from aces.__main__ import get_and_validate_label_schema
-labels = found.rename({"index_timestamp": "prediction_time"})
-labels = labels.with_columns(boolean_value=pl.col("label").cast(pl.Boolean))
-import pyarrow.parquet as pq
-pq.write_table(get_and_validate_label_schema(labels), folder / "labels.parquet")
-from meds_evaluation.evaluate import evaluate_binary_classification
-print(json.dumps(evaluate_binary_classification(pl.read_parquet(folder / "predictions.parquet"))))
-"""
 MEDS_TOOLS = ["es-aces==0.7.3", "meds-evaluation==0.0.6"]
 """ACES asks for polars 1: it lives in an environment of its own, beside that of this package."""
 
 
 @pytest.fixture(scope="module")
-def meds_python(tmp_path_factory):
-    """An interpreter with the tools around MEDS, installed for this test."""
+def meds_commands(tmp_path_factory):
+    """The commands of the tools around MEDS, installed for this test."""
     folder = tmp_path_factory.mktemp("meds")
     venv.create(folder, with_pip=True)
-    python = folder / "bin" / "python"
-    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *MEDS_TOOLS]
+    install = [folder / "bin" / "python", "-m", "pip", "install", "-q", "--disable-pip-version-check", *MEDS_TOOLS]
     done = subprocess.run(install, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, f"the tools around MEDS could not be installed: {done.stderr[-1000:]}"
-    return python
+    return folder / "bin"
 
 
 @pytest.mark.slow
-def test_labels_of_aces_are_read_and_meds_evaluation_reads_our_predictions(meds_python, tmp_path):
+def test_labels_of_aces_are_read_and_meds_evaluation_reads_our_predictions(meds_commands, tmp_path):
     rows = [
         {"subject_id": subject, "time": day(time), "code": code, "numeric_value": None}
         for subject, time, code in (
@@ -365,13 +345,21 @@ def test_labels_of_aces_are_read_and_meds_evaluation_reads_our_predictions(meds_
     pl.DataFrame(rows, schema=schema).write_parquet(tmp_path / "events.parquet")
     (tmp_path / "task.yaml").write_text(TASK)
     write_predictions(LABELS, [0.9, 0.2, 0.4, 0.1], tmp_path / "predictions.parquet", threshold=0.5)
-    done = subprocess.run([meds_python, "-c", THERE, tmp_path], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    labels = read_labels(tmp_path / "labels.parquet").select(["subject_id", "prediction_time", "boolean_value"])
+    events, predictions, scores = (
+        tmp_path / name for name in ("events.parquet", "predictions.parquet", "scores.json")
+    )
+    for words in (
+        ["aces-cli", f"cohort_dir={tmp_path}", "cohort_name=task", "data.standard=meds", f"data.path={events}"],
+        ["meds-evaluation-cli", f"predictions_path={predictions}", f"output_file={scores}"],
+    ):
+        command = [meds_commands / words[0], *words[1:]]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+    labels = read_labels(tmp_path / "task.parquet").select(["subject_id", "prediction_time", "boolean_value"])
     found = {(row["subject_id"], row["prediction_time"]): row["boolean_value"] for row in labels.to_pylist()}
     assert found == {(1, day(0)): True, (1, day(60)): False, (2, day(0)): False}
-    scores = json.loads(done.stdout.splitlines()[-1])["samples_equally_weighted"]
-    assert (scores["roc_auc_score"], scores["binary_accuracy"]) == (1.0, 0.75)
+    figures = json.loads(scores.read_text())["samples_equally_weighted"]
+    assert (figures["roc_auc_score"], figures["binary_accuracy"]) == (1.0, 0.75)
 
 
 # The wheel
