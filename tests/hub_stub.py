@@ -199,7 +199,9 @@ class Handler(BaseHTTPRequestHandler):
     def info(self, _: bytes, name: str) -> None:
         if (found := self.repository(name)) is not None:
             files = [{"rfilename": path} for path in sorted(found.files)]
-            self.answer({"_id": "0", "id": name, "sha": found.sha, "private": found.private, "siblings": files})
+            self.answer(
+                {"_id": "0", "id": name, "sha": found.sha, "private": found.private, "siblings": files, "tags": []}
+            )
 
     def tree(self, _: bytes, name: str) -> None:
         if (found := self.repository(name)) is not None:

@@ -476,6 +476,7 @@ def test_strangers_load_it_by_name_without_the_package(hub):
         urlopen(f"{hub.url}/org/readmission/resolve/main/config.json")
 
 
+@pytest.mark.slow
 def test_with_the_package_it_loads_the_trainer_pushes_and_nothing_private_goes_to_a_public_repository(hub):
     (hub.root / "owner.py").write_text(OWNER)
     hub.repositories["org/open"] = Repository(private=False)
