@@ -112,6 +112,7 @@ def test_a_lora_adapter_is_saved_alone_and_merged_gives_the_same_logits(tmp_path
 # Compilers and ONNX
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["ffn", "gru"])
 def test_a_compiled_model_gives_the_same_logits_and_gradients(head):
     """Through `aot_eager`: what inductor would get. Other lengths than the first must not give other numbers."""
