@@ -49,7 +49,8 @@ datasets:
   - {name: made, folder: FOLDER/data, min_patients: 2}
   - name: notes
     corpus: synthetic
-    options: {patients: 24, codes: 12, codes_per_note: 3.0, missed: 0.02}
+    options: {patients: 20, codes: 12, codes_per_note: 3.0, missed: 0.02}
+    split_seed: 1
     min_patients: 1
     tasks: [named_entities]
 tasks: [medication_recommendation, readmission_30d, icd_coding_top5]
