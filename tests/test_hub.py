@@ -334,7 +334,7 @@ def poisoned(folder: Path, kind: str) -> None:
 )
 def test_what_must_not_leave_is_refused_by_what_it_holds(kind, message, assembled, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret-of-mine")
-    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.setenv("HOME", str(tmp_path / "somebody"))
     folder = tmp_path / "model"
     shutil.copytree(assembled, folder)
     check_publishable(folder)
