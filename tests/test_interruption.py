@@ -87,7 +87,7 @@ def test_pretraining_stops_in_one_sentence_and_goes_on_to_the_same_weights(data,
     words += ["--max_steps", "60", "--save_steps", "3", "--max_tokens", "1024", "--learning_rate", "1e-3"]
     stopped, once = tmp_path / "stopped", tmp_path / "once"
     said = interrupted(checkpoints(stopped), *words, "--output_dir", str(stopped))
-    assert said.rstrip().endswith(f"hf-ehr: {RESUME}")
+    assert f"\nhf-ehr: {RESUME}\n" in said
     assert "Traceback" not in said
     assert not (stopped / "pretraining.json").exists()
     for folder in (stopped, once):
@@ -105,7 +105,7 @@ def test_finetuning_stops_in_one_sentence_and_goes_on_to_the_same_weights(data, 
     words += ["--min_patients", "2", "--num_train_epochs", "12", *TRAINING]
     stopped, once = tmp_path / "stopped", tmp_path / "once"
     said = interrupted(checkpoints(stopped), *words, "--output_dir", str(stopped))
-    assert said.rstrip().endswith(f"hf-ehr: {RESUME}")
+    assert f"\nhf-ehr: {RESUME}\n" in said
     assert "Traceback" not in said
     assert not (stopped / "finetune.json").exists()
     for folder in (stopped, once):
@@ -120,7 +120,7 @@ def test_a_report_stops_in_one_sentence_and_keeps_its_cells(tmp_path):
     words = ["report", str(tmp_path / "small.yaml"), "--output", str(tmp_path / "out"), "--work", str(work)]
     words += ["--workers", "1"]
     said = interrupted(lambda: len(list(work.glob("**/cells/*.npz"))) >= 2, *words)
-    assert said.rstrip().endswith(f"hf-ehr: {RESUME}")
+    assert f"\nhf-ehr: {RESUME}\n" in said
     assert "Traceback" not in said
     done = {path: path.stat().st_mtime_ns for path in work.glob("**/cells/*.npz")}
     assert 2 <= len(done) < 30
