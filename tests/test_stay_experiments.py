@@ -18,13 +18,13 @@ from safetensors.torch import load_file
 
 from hf_ehr.experiments import ReportArguments, load_spec, report
 from hf_ehr.experiments.cells import oracle_auroc
-from hf_ehr.experiments.spec import SPECS
+from hf_ehr.experiments.spec import SPECS, patients_at
 from hf_ehr.experiments.stays import StayBench, StaySpec
 from hf_ehr.experiments.stays.cells import StayCell
 from hf_ehr.experiments.stays.convergence import figures_of
 from hf_ehr.experiments.stays.materials import admission_arguments, make_stage1
 from hf_ehr.experiments.stays.models import new_model, probabilities
-from hf_ehr.experiments.stays.spec import GATES, OBJECTIVES, SERIES, StayRow, patients_at
+from hf_ehr.experiments.stays.spec import GATES, OBJECTIVES, SERIES, StayRow
 from hf_ehr.experiments.stays.stages import stages
 from hf_ehr.experiments.stays.summaries import load_summaries, with_notes
 from hf_ehr.experiments.stays.tables import write_stays

@@ -1,6 +1,6 @@
 """EHR foundation models for Hugging Face transformers.
 
-Importing the package registers its configurations, models and tokenizer with the Auto classes, and its pipeline with
+Importing the package registers its configurations, models and tokenizer with the Auto classes, and its pipelines with
 the library's; nothing else happens.
 """
 
@@ -72,6 +72,11 @@ from .models.modeling_medmplm import (
     MedMPLMModel,
 )
 from .models.modeling_visitrnn import VisitRnnForMedicationRecommendation, VisitRnnModel
+from .models.pipeline_patient_tasks import (
+    MedicationRecommendationPipeline,
+    PatientFeatureExtractionPipeline,
+    RiskPredictionPipeline,
+)
 from .models.processing_medhmp import MedHMPProcessor
 from .models.processing_medmplm import MedMPLMProcessor
 from .models.tokenization_ehr import EhrCodeTokenizer
@@ -157,10 +162,14 @@ AutoModel.register(EhrTaggerConfig, EhrTaggerModel, exist_ok=True)
 AutoModelForTokenClassification.register(EhrTaggerConfig, EhrTaggerForTokenClassification, exist_ok=True)
 
 # The library warns of a second registration, which a reload would be.
-if _ICD_CODING not in PIPELINE_REGISTRY.get_supported_tasks():
-    PIPELINE_REGISTRY.register_pipeline(
-        _ICD_CODING, ICDCodingPipeline, pt_model=AutoModelForSequenceClassification, type="text"
-    )
+for _task, _pipeline, _auto in (
+    (_ICD_CODING, ICDCodingPipeline, AutoModelForSequenceClassification),
+    ("risk-prediction", RiskPredictionPipeline, AutoModelForSequenceClassification),
+    ("medication-recommendation", MedicationRecommendationPipeline, AutoModelForSequenceClassification),
+    ("patient-feature-extraction", PatientFeatureExtractionPipeline, AutoModel),
+):
+    if _task not in PIPELINE_REGISTRY.get_supported_tasks():
+        PIPELINE_REGISTRY.register_pipeline(_task, _pipeline, pt_model=_auto, type="text")
 
 __all__ = [
     "EhrBertConfig",
@@ -216,6 +225,9 @@ __all__ = [
     "MedMPLMForReadmission",
     "MedMPLMModel",
     "MedMPLMProcessor",
+    "MedicationRecommendationPipeline",
+    "PatientFeatureExtractionPipeline",
+    "RiskPredictionPipeline",
     "VisitRnnConfig",
     "VisitRnnForMedicationRecommendation",
     "VisitRnnModel",

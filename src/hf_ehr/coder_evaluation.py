@@ -14,7 +14,8 @@ from scipy import sparse
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from . import note_baselines
-from .coding_report import DEFINITIONS, CodedRow, CodingTest, adjusted, compare_rows, score_row
+from .cards import evaluation_card, figures_of
+from .coding_report import DEFINITIONS, HEADINGS, CodedRow, CodingTest, adjusted, compare_rows, score_row
 from .coding_tables import difference_lines, sections, stored_lines, write_coding_tables
 from .evidence_report import evidence_report
 from .explanations import code_descriptions
@@ -50,9 +51,8 @@ coder("Admitted with dyspnea, known heart failure.")
 
 The thresholds in the configuration were tuned on validation notes. What they do to test notes is under "As stored in
 the configuration"; every other F1 and routing is at one threshold for all codes, tuned the same way for each row
-(`config.common_threshold` is the coder's), so that rows can be compared. Splits are by patient; `splits.json` holds
-them as salted hashes. Only the codes listed are ever assigned: a rarer one is missed, and counts as missed under "all
-codes".
+(`config.common_threshold` is the coder's), so that rows can be compared. Only the codes listed are ever assigned: a
+rarer one is missed, and counts as missed under "all codes".
 
 {table}
 """
@@ -101,7 +101,11 @@ def evaluate_coder(arguments: CoderEvaluateArguments) -> Path:
     paths = write_coding_tables(
         table, "\n".join([title, "", *lines]), [(test, results)], differences, {"model": ours.name}, ours.name
     )
-    write_coder_card(Path(arguments.model), len(test.codes), "\n".join(["## Figures", "", *lines]))
+    figures = figures_of(
+        results[-1].figures, HEADINGS, test_rows=len(test.patients), test_patients=len(np.unique(test.patients)),
+        test_events=int(results[-1].positives.sum()),
+    )  # fmt: skip
+    write_coder_card(Path(arguments.model), len(test.codes), "\n".join(["## Figures", "", *lines]), figures)
     return paths[0]
 
 
@@ -191,16 +195,19 @@ def coded_rows(model: str | Path, data: NoteArguments, options: CoderArguments) 
     return test, rows
 
 
-def write_coder_card(folder: Path, labels: int, table: str) -> None:
-    """Writes the model card `README.md` of a coder: what it is for, what it is not, and its figures."""
-    from huggingface_hub import ModelCard, ModelCardData
+def write_coder_card(folder: Path, labels: int, table: str, figures: dict[str, Any]) -> None:
+    """Writes the model card `README.md` of a coder: what it is for, what it is not, and its figures.
 
-    meta = ModelCardData(
-        library_name="transformers", license="apache-2.0", pipeline_tag="text-classification",
-        tags=["ehr", "icd-coding", "transformers-ehr"], model_name="Coder of clinical notes",
+    Args:
+        folder: Of the coder.
+        labels: Codes that it assigns.
+        table: Markdown with its figures.
+        figures: Of :func:`hf_ehr.cards.figures_of`.
+    """
+    evaluation_card(
+        folder, "icd_coding", table, [], template=CARD, model="Coder of clinical notes", figures=figures,
+        tags=["icd-coding"], labels=f"{labels:,}",
     )  # fmt: skip
-    with atomic_path(folder / "README.md") as temporary:
-        ModelCard(CARD.format(meta=meta.to_yaml(), labels=labels, table=table)).save(temporary)
 
 
 def _rivals(data: NoteArguments, ids: Any, truth: Any, names: list[str | None]) -> list[CodedRow]:

@@ -15,12 +15,14 @@ import numpy as np
 from transformers import TrainingArguments
 
 from . import baselines, training
-from .datasets import build_examples
+from .cards import evaluation_card, figures_of_rows
+from .datasets import SEXES, build_examples
 from .metrics import best_f1_threshold
 from .models.modeling_medbert import MedBertForSequenceClassification
 from .models.tokenization_ehr import EhrCodeTokenizer
 from .reports import evaluate_rows, write_table
-from .schema import EhrDataError, atomic_path
+from .schema import DatasetInfo, EhrDataError, atomic_path
+from .subgroups import age_bands, subgroup_lines, subgroups, write_subgroups
 from .tasks.audit import OneShotTest
 from .training import FINETUNE_FILE, DataArguments, FinetuneArguments
 from .training._runs import arguments_from
@@ -51,8 +53,8 @@ tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 inputs = tokenizer.encode_patient([["ICD10CM/E11.9", "ICD10CM/I10"], ["ICD10CM/I50.9"]])  # a list of visits
 ```
 
-The decision threshold in `config.thresholds` was tuned on validation patients. Splits are by patient; `splits.json`
-holds them as salted hashes. Codes of fewer than 11 training patients are not in the vocabulary: they back off.
+The decision threshold in `config.thresholds` was tuned on validation patients. Codes that are not in the vocabulary
+back off to their nearest ancestor.
 
 ## Figures
 
@@ -86,6 +88,7 @@ class Comparison:
         truth: Labels of the test examples, (examples,).
         patients: Patient of each test example, (examples,).
         train_size: Number of training examples.
+        groups: Name → group of each test example, None where unknown.
     """
 
     test: dict[str, np.ndarray]
@@ -93,10 +96,11 @@ class Comparison:
     truth: np.ndarray
     patients: np.ndarray
     train_size: int
+    groups: dict[str, Any] = field(default_factory=dict)
 
 
 def evaluate(arguments: EvaluateArguments) -> Path:
-    """Compares a fine-tuned folder with its rivals; writes `table.{md,csv,json}`, `calibration.png` and a card.
+    """Compares a fine-tuned folder with its rivals; writes `table.{md,csv,json}`, `subgroups.csv`, a plot and a card.
 
     Returns:
         Path of the Markdown table.
@@ -112,9 +116,10 @@ def evaluate(arguments: EvaluateArguments) -> Path:
     output = Path(arguments.output)
     settings = TrainingArguments(output_dir=str(output / "untrained"), **made["training"])
     comparison = compare(data, options, settings, arguments.model)
-    notes = [f"Task `{options.task}`, {comparison.train_size} training examples, {data.data}."]
-    task = training.task_name(options.task)
+    task, source = training.task_name(options.task), DatasetInfo.load(data.data).source
+    notes = [f"Task `{task}`, {comparison.train_size:,} training examples of {source}."]
     table = write_results(comparison, output, f"{task}: test patients", notes)
+    _append_subgroups(comparison, table)
     calibration_plot(
         {name: (comparison.truth, p) for name, p in comparison.test.items() if name in (REFERENCE, PPMI)},
         output / "calibration.png",
@@ -162,7 +167,9 @@ def compare(
     truth = OneShotTest(np.asarray(parts["test"]["labels"])).read()
     patients = np.asarray(parts["test"]["subject_id"])
     test = {name: p.test for name, p in predictions.items()}
-    return Comparison(test, thresholds, truth, patients, len(parts["train"]))
+    sexes = [None if not place else SEXES[place - 1] for place in parts["test"]["sex"]]
+    groups = {"sex": sexes, "age": age_bands(np.asarray(parts["test"]["age"], np.float64))}
+    return Comparison(test, thresholds, truth, patients, len(parts["train"]), groups)
 
 
 def write_results(comparison: Comparison, output: Path, title: str, notes: list[str]) -> Path:
@@ -173,6 +180,16 @@ def write_results(comparison: Comparison, output: Path, title: str, notes: list[
     )  # fmt: skip
     paths = write_table(rows, output / "table", title, notes)
     return next(path for path in paths if path.suffix == ".md")
+
+
+def _append_subgroups(comparison: Comparison, table: Path) -> None:
+    """Adds the model's figures by subgroup to the Markdown, and writes them as CSV beside it."""
+    own, cut = comparison.test[REFERENCE], comparison.thresholds[REFERENCE]
+    groups = subgroups(comparison.truth, own, comparison.patients, comparison.groups, cut)
+    write_subgroups(groups, table.with_name("subgroups.csv"))
+    lines = ["", f"## Subgroups ({REFERENCE})", "", *subgroup_lines(groups), ""]
+    with atomic_path(table) as temporary:
+        temporary.write_text(table.read_text(encoding="utf-8") + "\n".join(lines), encoding="utf-8")
 
 
 def write_card(
@@ -190,22 +207,16 @@ def write_card(
     Args:
         folder: Of the classifier.
         task: What it predicts.
-        table: Markdown with its figures.
+        table: Markdown with its figures, its JSON and the plots beside it.
         notes: What a reader must know to read them.
         template: Of the card, with places for `meta`, `task`, `table`, `notes` and the `fields`.
         model: Name of the architecture.
         **fields: Further places of the template.
     """
-    from huggingface_hub import ModelCard, ModelCardData
-
-    meta = ModelCardData(
-        library_name="transformers", license="apache-2.0", pipeline_tag="text-classification",
-        tags=["ehr", model.lower(), "transformers-ehr"], model_name=f"{model}, {task}",
+    evaluation_card(
+        folder, task, table.read_text(), notes, template=template, model=model, plots=table.parent,
+        figures=figures_of_rows(table, model), **fields,
     )  # fmt: skip
-    figures = {"table": table.read_text(), "notes": "\n".join(f"- {note}" for note in notes)}
-    text = template.format(meta=meta.to_yaml(), task=task, **figures, **fields)
-    with atomic_path(folder / "README.md") as temporary:
-        ModelCard(text).save(temporary)
 
 
 def _rivals(data, parts, splits, tokenizer, seed: int) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""``pipeline("icd-coding")``: a note in; its codes with probability, decision and the evidence in the text out."""
+"""``pipeline("icd-coding")``: a note in; its codes with probability, decision and the evidence in the text out.
+
+The pipelines over patients, whose code travels with a checkpoint, are in ``models/pipeline_patient_tasks.py``.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,15 @@ from hf_ehr.evidence import RELATIVE_THRESHOLD, Span, top_spans
 from hf_ehr.explanations import (
     SEGMENTS_AT_A_TIME,
     EncodedNotes,
-    EvidenceMethod,
     check_method,
     code_descriptions,
     segment_texts,
 )
+from hf_ehr.integrated_gradients import positive_evidence
 
 TASK = "icd-coding"
+INTEGRATED = "integrated_gradients"
+"""Evidence that every head can give, at the price of some thirty passes through the encoder."""
 WEIGHT_BUDGET = 2**24
 """Token weights that are held at once (64 MiB); at least those of one code."""
 _UNSET: Any = object()
@@ -80,7 +85,7 @@ class ICDCodingPipeline(_Base):
             **kwargs: Here or when the pipeline is made: `top_k`: codes to return, 20 by default, `None` for all;
                 `threshold`: one review threshold for all codes, in place of the configuration's; `evidence`:
                 `label_attention` (default of the label-attention head), `attention_gradient`, `gradient` (default of
-                the [CLS] head, which has no other), or `None` for no spans; `max_spans`: spans of a code, 5 by
+                the [CLS] head), `integrated_gradients`, or `None` for no spans; `max_spans`: spans of a code, 5 by
                 default, `None` for all; `relative_threshold`: of [`~hf_ehr.evidence.top_spans`]; `max_length`: tokens
                 of a segment, in place of the tokenizer's; `descriptions`: code → description, before
                 `config.label_descriptions` and the public lists.
@@ -109,7 +114,7 @@ class ICDCodingPipeline(_Base):
         self,
         top_k: int | None = _UNSET,
         threshold: float | None = _UNSET,
-        evidence: EvidenceMethod | None = _UNSET,
+        evidence: str | None = _UNSET,
         max_spans: int | None = _UNSET,
         relative_threshold: float = _UNSET,
         max_length: int | None = _UNSET,
@@ -125,7 +130,7 @@ class ICDCodingPipeline(_Base):
                 raise ValueError(f"`{name}` must be at least 1, or None for all, got {count}.")
         if threshold is not _UNSET and threshold is not None and not 0 <= threshold <= 1:
             raise ValueError(f"`threshold` must lie in [0, 1], got {threshold}.")
-        if evidence is not _UNSET and evidence is not None:
+        if evidence is not _UNSET and evidence not in (None, INTEGRATED):
             check_method(evidence, self.model)
         reading = {"max_length": max_length}
         looking = {
@@ -154,7 +159,7 @@ class ICDCodingPipeline(_Base):
         self,
         input_tensors: dict[str, Any],
         top_k: int | None = 20,
-        evidence: EvidenceMethod | None = _UNSET,
+        evidence: Any = _UNSET,
         max_spans: int | None = 5,
         relative_threshold: float = RELATIVE_THRESHOLD,
         segments_at_a_time: int = SEGMENTS_AT_A_TIME,
@@ -229,11 +234,12 @@ def highlight_note(
     return codes
 
 
-def _weights(note: EncodedNotes, method: EvidenceMethod, labels: list[int]) -> Iterator[np.ndarray]:
+def _weights(note: EncodedNotes, method: Any, labels: list[int]) -> Iterator[np.ndarray]:
     """Token weights of one label after the other, computed some at a time."""
     step = max(1, WEIGHT_BUDGET // max(1, len(note.segments.offsets)))
     for start in range(0, len(labels), step):
-        yield from note.evidence(method, labels[start : start + step]).weights
+        some = labels[start : start + step]
+        yield from (positive_evidence(note, some) if method == INTEGRATED else note.evidence(method, some)).weights
 
 
 def _shown(span: Span, text: str) -> dict[str, Any]:

@@ -59,8 +59,8 @@ model = AutoModelForSequenceClassification.from_pretrained(folder)
 processor = {loader}.from_pretrained(folder)
 ```
 
-The decision threshold in `config.thresholds` was tuned on validation patients. Splits are by patient; `splits.json`
-holds them as salted hashes. Variables and categories of fewer than 11 training patients are not read.
+The decision threshold in `config.thresholds` was tuned on validation patients. Variables and categories of few
+training patients are not read.
 
 ## Figures
 

@@ -318,6 +318,7 @@ def test_visible_codes_and_special_tokens_do_not_move_the_loss_of_masked_codes()
         assert moved[patient, visit].tolist() == expected
 
 
+@pytest.mark.slow
 def test_64_visits_are_learned_by_heart():
     generator = torch.Generator().manual_seed(0)
     diagnoses = torch.rand(64, 11, generator=generator).argsort(dim=1)[:, :4] + 5

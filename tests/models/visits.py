@@ -176,9 +176,9 @@ class VisitSuite(FamilySuite):
         if head.hand_loss is None:
             pytest.skip("the base model has no loss")
         model, batch = self.model(head).train(), self.batch(head)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2, weight_decay=0.0)
         first = model(**batch).loss.item()
-        for _ in range(80):
+        for _ in range(40):
             loss = model(**batch).loss
             loss.backward()
             optimizer.step()

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, TrainingArguments
 
 from hf_ehr import convert as convert_run
-from hf_ehr import evaluation, experiments, stay_evaluation, training
+from hf_ehr import entity_evaluation, evaluation, experiments, stay_evaluation, training, visit_evaluation
 from hf_ehr import quickstart as quickstart_run
 from hf_ehr import transfer as transfer_run
 from hf_ehr.cli import note_commands, stay_commands, visit_commands
@@ -23,8 +23,11 @@ from hf_ehr.cli.note_commands import (
     highlight,
     prepare_notes,
 )
+from hf_ehr.cli.publish_commands import publish
 from hf_ehr.cli.stay_commands import fit_hourly
+from hf_ehr.cli.tool_commands import doctor, validate
 from hf_ehr.cli.visit_commands import map_drugs
+from hf_ehr.models.configuration_ehrtagger import EhrTaggerConfig
 from hf_ehr.models.configuration_medhmp import MedHMPConfig
 from hf_ehr.prepare import SourceName, format_summary
 from hf_ehr.prepare import prepare as prepare_data
@@ -34,6 +37,9 @@ from hf_ehr.vocabulary import fit_tokenizer as fit
 
 MODELS = ("medbert", "ehrbert", "medhmp", "medmplm", "gbert")
 VISIT_MODELS = ("medmplm", "gbert")
+FINETUNED = (*MODELS, *visit_commands.BASELINES, "ehrtagger")
+"""Models that are fine-tuned; those that are not pre-trained here start from what their arguments name."""
+VISIT_TYPES = ("ehr_medmplm", "ehr_gbert", "ehr_visitrnn", "ehr_concat", "ehr_text")
 PRETRAIN_DEFAULTS = {  # section "Pretraining" of the Med-BERT paper, but for steps and warm-up that fit any data
     "learning_rate": 5e-5, "weight_decay": 0.01, "adam_epsilon": 1e-6, "warmup_steps": 0.1, "num_train_epochs": 10.0,
     "logging_steps": 50, "save_total_limit": 2,
@@ -130,11 +136,15 @@ def pretrain(words: list[str]) -> None:
 def finetune(words: list[str]) -> None:
     """``hf-ehr finetune MODEL --data DIR --model DIR --output_dir DIR``; what follows MODEL depends on it."""
     example = "hf-ehr finetune medbert --data data/ --model model/ --task readmission_30d --output_dir classifier/"
-    model, words = model_of("finetune", words, MODELS, example)
+    model, words = model_of("finetune", words, FINETUNED, example)
     if model == "ehrbert":
         return note_commands.finetune_ehrbert(words)
     if model in VISIT_MODELS:
         return visit_commands.finetune(model, words)
+    if model in visit_commands.BASELINES:
+        return visit_commands.finetune_baseline(model, words)
+    if model == "ehrtagger":
+        return visit_commands.finetune_tagger(words)
     if model == "medhmp":
         return stay_commands.finetune_medhmp(words)
     kinds = (training.DataArguments, training.FinetuneArguments, TrainingArguments)
@@ -147,10 +157,17 @@ def finetune(words: list[str]) -> None:
 def evaluate(words: list[str]) -> None:
     """``hf-ehr evaluate --model DIR --output DIR``."""
     example = "hf-ehr evaluate --model classifier/ --output classifier/evaluation"
-    (arguments,) = parse("evaluate", example, words, evaluation.EvaluateArguments)
+    (arguments,) = parse("evaluate", example, words, visit_evaluation.VisitEvaluateArguments)
     evaluation.written_by_finetune(arguments.model)
-    medhmp = AutoConfig.from_pretrained(arguments.model).model_type == MedHMPConfig.model_type
-    print((stay_evaluation if medhmp else evaluation).evaluate(arguments).read_text())
+    kind = AutoConfig.from_pretrained(arguments.model).model_type
+    if kind in VISIT_TYPES:
+        table = visit_evaluation.evaluate(arguments)
+    elif arguments.ddi is not None:
+        raise ValueError(f"`ddi` must be left out for models of type {kind!r}, which recommend no drugs.")
+    else:
+        others: Any = {MedHMPConfig.model_type: stay_evaluation, EhrTaggerConfig.model_type: entity_evaluation}
+        table = others.get(kind, evaluation).evaluate(arguments)
+    print(table.read_text())
 
 
 def report(words: list[str]) -> None:
@@ -192,7 +209,8 @@ def leave_ranks() -> None:
 
 
 __all__ = [
-    "attention", "check_notes", "convert", "embedding_map", "evaluate", "evaluate_coder", "evaluate_evidence",
-    "finetune", "fit_hourly", "fit_text_tokenizer", "fit_tokenizer", "highlight", "leave_ranks", "map_drugs",
-    "prepare", "prepare_notes", "pretrain", "quickstart", "report", "transfer",
+    "attention", "check_notes", "convert", "doctor", "embedding_map", "evaluate", "evaluate_coder",
+    "evaluate_evidence", "finetune", "fit_hourly", "fit_text_tokenizer", "fit_tokenizer", "highlight",
+    "leave_ranks", "map_drugs", "prepare", "prepare_notes", "pretrain", "publish", "quickstart", "report",
+    "transfer", "validate",
 ]  # fmt: skip

@@ -26,7 +26,10 @@ COMMANDS = {
     "transfer": "checkpoint + another tokenizer → checkpoint with that vocabulary",
     "attention": "checkpoint + one patient or visit → attention figure and HTML page",
     "embedding-map": "checkpoint → its code embeddings in two dimensions by chapter, CSV and figure",
+    "publish": "model folder → one that loads without this package, compared; pushed with --repo-id",
     "convert": "weights in the authors' layout → model folder, proved equal",
+    "validate": "prepared folder or raw MEDS → whether it keeps the contracts, and what breaks them",
+    "doctor": "versions, devices, attention backends, what is missing and the line that installs it",
     "quickstart": "all of it on synthetic patients, or on your tables with --source",
 }
 RESUME = "Stopped. The same command goes on where it stopped."

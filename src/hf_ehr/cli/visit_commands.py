@@ -8,6 +8,8 @@ from transformers import TrainingArguments
 
 from hf_ehr import drug_classes
 from hf_ehr.cli._arguments import parse
+from hf_ehr.training.entities import ENTITY_RECIPE, EntityArguments, EntityTrainArguments, train_tagger
+from hf_ehr.training.visit_baselines import VISIT_BASELINE_RECIPE, VisitBaselineArguments, finetune_visit_baseline
 from hf_ehr.training.visits import (
     VISIT_FINETUNE_RECIPE,
     VISIT_PRETRAIN_RECIPE,
@@ -17,6 +19,9 @@ from hf_ehr.training.visits import (
     finetune_visits,
     pretrain_visits,
 )
+
+BASELINES = {"visitrnn": "rnn", "ehrconcat": "note+gbert", "ehrtext": "cnn"}
+"""Model → what `--baseline` is if it is left out."""
 
 
 @dataclass
@@ -68,3 +73,26 @@ def finetune(model: str, words: list[str]) -> None:
     folder = finetune_visits(data, options, arguments)
     if arguments.process_index == 0:
         print(f"Written: {folder}, with its processor and the thresholds tuned on validation patients.")
+        print(f"Next: hf-ehr evaluate --model {folder} --output {folder}/evaluation")
+
+
+def finetune_baseline(model: str, words: list[str]) -> None:
+    """``hf-ehr finetune visitrnn|ehrconcat|ehrtext --data DIR --task TASK --output_dir DIR``."""
+    example = f"hf-ehr finetune {model} --data data/ --task TASK --output_dir baseline/"
+    kinds = (VisitArguments, VisitBaselineArguments, TrainingArguments)
+    defaults = {**VISIT_BASELINE_RECIPE, "baseline": BASELINES[model]}
+    data, options, arguments = parse(f"finetune {model}", example, words, *kinds, defaults=defaults)
+    folder = finetune_visit_baseline(data, options, arguments)
+    if arguments.process_index == 0:
+        print(f"Written: {folder}, with its processor and the thresholds tuned on validation patients.")
+        print(f"Next: hf-ehr evaluate --model {folder} --output {folder}/evaluation")
+
+
+def finetune_tagger(words: list[str]) -> None:
+    """``hf-ehr finetune ehrtagger --data DIR --output_dir DIR``."""
+    example = "hf-ehr finetune ehrtagger --data notes/ --output_dir tagger/"
+    kinds = (EntityArguments, EntityTrainArguments, TrainingArguments)
+    data, options, arguments = parse("finetune ehrtagger", example, words, *kinds, defaults=ENTITY_RECIPE)
+    folder = train_tagger(data, options, arguments)
+    if arguments.process_index == 0:
+        print(f"Next: hf-ehr evaluate --model {folder} --output {folder}/evaluation")

@@ -3,7 +3,8 @@
 ReportSpec (YAML) ─▶ materials: cohorts, tokenizers, checkpoints, embeddings ─▶ cells ─▶ tables
 
 A file with ``kind: coding`` compares coders of notes instead, by the modules of ``coding/`` in the same order, one
-with ``kind: stays`` models of intensive care stays and admissions, by those of ``stays/``.
+with ``kind: stays`` models of intensive care stays and admissions, by those of ``stays/``, one with ``kind: visits``
+models of codes and notes, by those of ``visits/``.
 """
 
 from __future__ import annotations
@@ -11,16 +12,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from hf_ehr.experiments import coding, stays
+from hf_ehr.experiments import coding, stays, visits
 from hf_ehr.experiments.coding import CodingSpec
 from hf_ehr.experiments.runner import run_cells
 from hf_ehr.experiments.spec import ReportSpec, read_yaml
 from hf_ehr.experiments.stays import StaySpec
 from hf_ehr.experiments.tables import collect, write
+from hf_ehr.experiments.visits import VisitSpec
 
-__all__ = ["CodingSpec", "ReportArguments", "ReportSpec", "StaySpec", "load_spec", "report"]
+__all__ = ["CodingSpec", "ReportArguments", "ReportSpec", "StaySpec", "VisitSpec", "load_spec", "report"]
 
-AnySpec = ReportSpec | CodingSpec | StaySpec
+AnySpec = ReportSpec | CodingSpec | StaySpec | VisitSpec
 
 
 @dataclass
@@ -41,7 +43,11 @@ def load_spec(path: str | Path) -> AnySpec:
     Raises:
         EhrDataError: There is no such file, or a field is unknown, absent or out of range.
     """
-    kinds: dict[str | None, type[CodingSpec] | type[StaySpec]] = {coding.KIND: CodingSpec, stays.KIND: StaySpec}
+    kinds: dict[str | None, type[CodingSpec] | type[StaySpec] | type[VisitSpec]] = {
+        coding.KIND: CodingSpec,
+        stays.KIND: StaySpec,
+        visits.KIND: VisitSpec,
+    }
     return kinds.get(read_yaml(path).get("kind"), ReportSpec).from_yaml(path)
 
 
@@ -62,5 +68,7 @@ def report(spec: AnySpec, arguments: ReportArguments) -> list[Path]:
         return coding.report(spec, work, Path(arguments.output), arguments.workers)
     if isinstance(spec, StaySpec):
         return stays.report(spec, work, Path(arguments.output), arguments.workers)
+    if isinstance(spec, VisitSpec):
+        return visits.report(spec, work, Path(arguments.output), arguments.workers)
     failures = run_cells(spec, work, arguments.workers)
     return write(collect(spec, work, failures), Path(arguments.output))

@@ -25,7 +25,7 @@ from hf_ehr.experiments.materials import (
     moved_folder,
     pretrain_arguments,
 )
-from hf_ehr.experiments.spec import ALL, PPMI_LR, DataSpec, ReportSpec, RowSpec, digest
+from hf_ehr.experiments.spec import PPMI_LR, DataSpec, ReportSpec, RowSpec, digest, patients_at
 from hf_ehr.metrics import auroc
 from hf_ehr.models.configuration_ehrrnn import EhrRnnConfig
 from hf_ehr.models.modeling_ehrrnn import EhrRnnForSequenceClassification
@@ -90,16 +90,9 @@ class Bench:
 
     def examples(self, cell: Cell, split: str) -> datasets.Dataset:
         """The examples of a split that a cell sees: its labelled draw, or a fixed sample of validation or test."""
+        limits = {"train": cell.size, "validation": self.spec.validation_patients, "test": self.spec.test_patients}
         examples = self.cohort(cell.data).examples(cell.task, split)
-        limit = {"train": cell.size, "validation": self.spec.validation_patients, "test": self.spec.test_patients}[
-            split
-        ]
-        subjects = examples.data["subject_id"].to_numpy()
-        patients = np.unique(subjects)
-        if limit == ALL or int(limit) >= len(patients):
-            return examples
-        chosen = np.random.default_rng(cell.draw if split == "train" else 0).permutation(patients)[: int(limit)]
-        return examples.select(np.flatnonzero(np.isin(subjects, chosen)))
+        return chosen_patients(examples, limits[split], cell.draw if split == "train" else 0)
 
     def run(self, cell: Cell) -> None:
         """Fits a cell and writes its probabilities."""
@@ -227,6 +220,23 @@ class Bench:
 
         dim = self.embedding_size(cell.row)
         return CodeEmbeddings.load(embeddings_folder(self.cohort(cell.data), init, dim, self.seed(cell)))
+
+
+def chosen_patients(examples: datasets.Dataset, size: int | str, draw: int) -> datasets.Dataset:
+    """The examples of a random subset of their patients, nested over sizes.
+
+    Args:
+        examples: With ``subject_id``.
+        size: As :func:`hf_ehr.experiments.spec.patients_at` has it.
+        draw: Which subset.
+    """
+    subjects = np.asarray(examples.data["subject_id"].to_numpy())
+    patients = np.unique(subjects)
+    wanted = patients_at(size, len(patients))
+    if wanted == len(patients):
+        return examples
+    chosen = np.random.default_rng(draw).permutation(patients)[:wanted]
+    return examples.select(np.flatnonzero(np.isin(subjects, chosen)))
 
 
 def oracle_auroc(folder: Path, task: str, truth: np.ndarray, key: str, ids: np.ndarray) -> float | None:

@@ -82,6 +82,11 @@ def run_stages(stages: Mapping[str, Sequence[Job]], workers: int | None = None) 
     return failures
 
 
+def distinct(jobs: Iterable[Job]) -> list[Job]:
+    """Each job once."""
+    return list({job.done: job for job in jobs}.values())
+
+
 def cells(spec: ReportSpec) -> list[Cell]:
     """All cells, draw by draw, so that a run that is stopped has some draws of everything."""
     found = [

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -265,6 +267,22 @@ def check_rows(report: Any) -> None:
     for pair in report.comparisons:
         for name in pair:
             one_of("comparisons", name, names, report.name)
+
+
+def check_size(size: Any) -> None:
+    """Raises EhrDataError where ``size`` is no number of patients, no share of them and not ``all``."""
+    share = re.fullmatch(r"(\d+(?:\.\d+)?)%", size) if isinstance(size, str) else None
+    valid = size == ALL or (share and 0 < float(share[1]) <= 100) or (isinstance(size, int) and size > 0)
+    if not valid:
+        raise EhrDataError(f"`sizes` must hold positive numbers, shares as '10%' or {ALL!r}, got {size!r}. Change it.")
+
+
+def patients_at(size: int | str, patients: int) -> int:
+    """Number of labelled patients of a size, of so many; a share is rounded up."""
+    if size == ALL:
+        return patients
+    wanted = math.ceil(patients * float(size[:-1]) / 100) if isinstance(size, str) else size
+    return min(wanted, patients)
 
 
 def check_draws(report: Any) -> None:

@@ -201,6 +201,7 @@ def _fit(
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
         cleaning=cleaning,
         fitted_on=fingerprint(subjects),
+        min_patients=min_patients,
         **{f"{name}_token": token for name, token in SPECIAL_TOKENS.items()},
     )
 

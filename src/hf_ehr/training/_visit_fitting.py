@@ -13,7 +13,8 @@ from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
 from hf_ehr._encoders import evaluating
 from hf_ehr.code_thresholds import tune_thresholds
-from hf_ehr.metrics import average_precision
+from hf_ehr.metrics import auroc, average_precision
+from hf_ehr.models.modeling_ehrtext import EhrTextForICDCoding
 from hf_ehr.models.modeling_gbert import KINDS, code_targets
 from hf_ehr.models.processing_medmplm import MedMPLMProcessor
 from hf_ehr.multilabel_predictions import MultilabelPredictions
@@ -68,6 +69,23 @@ def asked_visits(examples: datasets.Dataset, num_labels: int, num_special_tokens
     return AskedVisits(np.array([one[0] for one in found]), np.array([one[1] for one in found]), truth, previous)
 
 
+class NoteAloneCollator(VisitCollator):
+    """The notes of :class:`VisitCollator` under the names of models that read one text a row, as the CNN does."""
+
+    def __call__(self, rows: Any) -> dict[str, torch.Tensor]:
+        """Rows to ``labels`` (rows, num_labels) float32, ``input_ids`` and ``attention_mask`` (rows, tokens)."""
+        batch = super().__call__(rows)
+        labels = {"labels": batch["labels"].float().view(len(rows), -1)} if "labels" in batch else {}
+        return labels | {"input_ids": batch["note_input_ids"], "attention_mask": batch["note_attention_mask"]}
+
+
+def collator_of(model: Any, masking: Any = None) -> VisitCollator:
+    """The collator of a model of visits."""
+    if isinstance(model, EhrTextForICDCoding):
+        return NoteAloneCollator(note_pad_token_id=model.config.pad_token_id, num_labels=model.num_labels)
+    return VisitCollator.of(model.config, masking=masking, num_labels=getattr(model, "num_labels", None))
+
+
 def predict_visits(model: Any, examples: datasets.Dataset) -> np.ndarray:
     """Probabilities of what is asked, in the order of the examples.
 
@@ -83,7 +101,7 @@ def predict_visits(model: Any, examples: datasets.Dataset) -> np.ndarray:
     for outputs, batch in _outputs(model, examples):
         scores = outputs.logits.float().cpu()
         if "label_ids" not in examples.column_names:
-            found.append(positive(scores.numpy()))
+            found.append(scores[:, 0].sigmoid().numpy() if model.num_labels == 1 else positive(scores.numpy()))
             continue
         asked = batch["labels"][..., 0] >= 0
         found.append(scores[asked].sigmoid().numpy())
@@ -105,8 +123,8 @@ def fit_visits(
 ) -> None:
     """Trains a classifier in place and keeps the epoch that ranks validation best.
 
-    By AUROC where the question is yes or no, the state it came with being a candidate too; where codes are asked by
-    average precision over all cells. A run that was stopped goes on from its last checkpoint.
+    By AUROC where the question is yes or no, the state it came with being a candidate too (but for a CNN); where codes
+    are asked by average precision over all cells. A run that was stopped goes on from its last checkpoint.
 
     Args:
         model: A classifier of visits.
@@ -116,8 +134,9 @@ def fit_visits(
         linear_probe: Whether a yes-or-no classifier starts from a regression on its frozen features.
         patience: Epochs without a better one after which to stop; None runs all.
     """
-    collate = VisitCollator.of(model.config, num_labels=model.num_labels)
-    if "label_ids" not in train.column_names:
+    collate = collator_of(model)
+    yes_or_no = "label_ids" not in train.column_names
+    if yes_or_no and model.num_labels == 2:
         if linear_probe:
             states, held = (visit_states(model, part) for part in (train, validation))
             set_probe(model.classifier, states, np.asarray(train["labels"]), held, np.asarray(validation["labels"]))
@@ -130,8 +149,8 @@ def fit_visits(
         model,
         run_arguments(
             training, eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end=True,
-            metric_for_best_model="average_precision", greater_is_better=True, save_total_limit=1,
-            remove_unused_columns=False,
+            metric_for_best_model="auroc" if yes_or_no else "average_precision", greater_is_better=True,
+            save_total_limit=1, remove_unused_columns=False,
         ),
         collate,
         train_dataset=train,
@@ -143,10 +162,11 @@ def fit_visits(
 
 
 def _ranking(prediction: Any) -> dict[str, float]:
-    """Average precision over the cells of all visits that are asked about."""
+    """Average precision and AUROC over the cells of all visits that are asked about."""
     scores, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
     asked = labels[..., 0] >= 0
-    return {"average_precision": average_precision(labels[asked].ravel(), scores[asked].ravel())}
+    cells = labels[asked].ravel(), scores[asked].ravel()
+    return {"average_precision": average_precision(*cells), "auroc": auroc(*cells)}
 
 
 def store_visit_thresholds(model: Any, truth: np.ndarray, p: np.ndarray, common: bool) -> None:
@@ -223,7 +243,7 @@ def _cells(config: Any, outputs: Any, batch: dict[str, torch.Tensor]) -> dict[st
 
 def _outputs(model: Any, examples: datasets.Dataset, masking: Any = None) -> Iterator[tuple[Any, dict[str, Any]]]:
     """Outputs and inputs of each batch, in order; labels are given to models that are pre-trained alone."""
-    collate = VisitCollator.of(model.config, masking=masking, num_labels=getattr(model, "num_labels", None))
+    collate = collator_of(model, masking)
     loader = DataLoader(examples, batch_size=ROWS_AT_A_TIME, collate_fn=collate)
     with evaluating(model), torch.no_grad():
         for batch in tqdm(loader, desc="Reading visits", unit="batch", disable=len(loader) < 32):

@@ -11,9 +11,16 @@ import torch
 from transformers import PreTrainedConfig
 
 from hf_ehr._encoders import table_positions
+from hf_ehr.models.configuration_ehrconcat import EhrConcatConfig
+from hf_ehr.models.configuration_ehrtext import EhrTextConfig
 from hf_ehr.models.configuration_gbert import GBertConfig
+from hf_ehr.models.configuration_medbert import MedBertConfig
 from hf_ehr.models.configuration_medmplm import MedMPLMConfig
+from hf_ehr.models.configuration_visitrnn import VisitRnnConfig
+from hf_ehr.models.modeling_ehrconcat import EhrConcatForMedicationRecommendation, EhrConcatForSequenceClassification
+from hf_ehr.models.modeling_ehrtext import EhrTextForICDCoding
 from hf_ehr.models.modeling_gbert import GBertForMedicationRecommendation, GBertForPreTraining, GBertModel
+from hf_ehr.models.modeling_medbert import MedBertModel
 from hf_ehr.models.modeling_medmplm import (
     MedMPLMForICDCoding,
     MedMPLMForMedicationRecommendation,
@@ -21,13 +28,27 @@ from hf_ehr.models.modeling_medmplm import (
     MedMPLMForReadmission,
     MedMPLMModel,
 )
+from hf_ehr.models.modeling_visitrnn import VisitRnnForMedicationRecommendation
 from hf_ehr.models.processing_medmplm import MedMPLMProcessor
+from hf_ehr.models.tokenization_ehr import EhrCodeTokenizer
 from hf_ehr.training._runs import PRETRAIN_FILE, json_options
 
 if TYPE_CHECKING:
+    from hf_ehr.training.visit_baselines import VisitBaselineArguments
     from hf_ehr.training.visits import VisitFinetuneArguments, VisitPretrainArguments
 
 ARCHITECTURES = ("medmplm", "gbert")
+VISIT_READERS = {
+    "rnn": ("codes",),
+    "gbert": ("gbert",),
+    "medbert": ("medbert",),
+    "note": ("note",),
+    "note+gbert": ("note", "gbert"),
+    "note+medbert": ("note", "medbert"),
+    "cnn": ("note",),
+}
+"""Baseline → what reads the visits. G-BERT alone as its authors have it is a model of its own, `gbert`."""
+VISIT_BASELINES = tuple(VISIT_READERS)
 
 
 def new_visit_model(options: VisitPretrainArguments, processor: MedMPLMProcessor, seed: int) -> Any:
@@ -38,10 +59,7 @@ def new_visit_model(options: VisitPretrainArguments, processor: MedMPLMProcessor
     """
     torch.manual_seed(seed)
     fields = json_options(options.model_options, "model_options")
-    tokens = [
-        tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-        for tokenizer in processor.code_tokenizers.values()
-    ]
+    tokens = [_tokens(tokenizer) for tokenizer in processor.code_tokenizers.values()]
     heads = {"num_attention_heads": 2} if options.preset == "paper" else {}
     sizes = {"hidden_size": 32, "intermediate_size": 32} if options.preset == "tiny" else heads
     if options.architecture == "gbert":
@@ -71,10 +89,15 @@ def _new_text(preset: Any, options: VisitPretrainArguments, processor: MedMPLMPr
     words = processor.note_tokenizer
     if words is None:  # nothing reads notes: the smallest that the model can have
         return MedMPLMConfig.tiny().note_config.to_dict() | {"vocab_size": 8}
+    return _text_fields(preset, words, given)
+
+
+def _text_fields(preset: Any, words: Any, given: dict) -> dict:
+    """Configuration of a new text encoder in the words of a tokenizer."""
     if "model_type" not in given:
         given = preset().note_config.to_dict() | given
     sizes = {"vocab_size": len(words), "pad_token_id": words.pad_token_id}
-    return given | sizes | {"max_position_embeddings": options.note_max_length}
+    return given | sizes | {"max_position_embeddings": words.model_max_length}
 
 
 def visit_processor(options: VisitFinetuneArguments) -> MedMPLMProcessor:
@@ -117,9 +140,9 @@ def new_visit_classifier(options: VisitFinetuneArguments, names: Sequence[str], 
     return model
 
 
-def _text_encoder(options: VisitFinetuneArguments) -> Any:
+def _text_encoder(options: VisitFinetuneArguments | VisitBaselineArguments) -> Any:
     """The text encoder that pre-training began with; None where it was new too."""
-    path = Path(options.model) / PRETRAIN_FILE
+    path = Path(str(options.model)) / PRETRAIN_FILE
     name = json.loads(path.read_text()).get("note_encoder") if path.is_file() else None
     if name is None:
         return None
@@ -187,3 +210,117 @@ def architecture_of(options: VisitFinetuneArguments) -> str:
     if own is None or (own, options.architecture) == ("gbert", "medmplm"):
         raise ValueError(f"`model` must be a pre-trained MedM-PLM or G-BERT, got model type {kind!r}.")
     return options.architecture or own
+
+
+def new_visit_baseline(
+    kind: str, options: VisitBaselineArguments, names: Sequence[str], processor: MedMPLMProcessor, seed: int
+) -> Any:
+    """A baseline of MedM-PLM, on trained encoders where `options` name them.
+
+    Args:
+        kind: A name of `VISIT_BASELINES`.
+        options: Its `setting` is the task; encoders, preset and fields of the configuration.
+        names: Of the labels; `no` and the task where the question is yes or no. The CNN then has the task alone.
+        processor: Gives the vocabularies.
+        seed: Of what is new.
+
+    Returns:
+        A classifier for :func:`hf_ehr.training.visits.fit_visits` and `predict_visits`.
+
+    Raises:
+        ValueError: The kind does not exist for this task, nothing reads notes, or an encoder has other vocabularies.
+    """
+    if kind not in VISIT_READERS or (kind, options.setting) in _IMPOSSIBLE:
+        known = [one for one in VISIT_READERS if (one, options.setting) not in _IMPOSSIBLE]
+        raise ValueError(f"`baseline` must be one of {', '.join(known)} for {options.task!r}, got {kind!r}.")
+    if "note" in VISIT_READERS[kind] and processor.note_tokenizer is None:
+        raise ValueError(f"`baseline` {kind!r} reads notes, and these visits have none. Choose one of codes.")
+    torch.manual_seed(seed)
+    if kind == "cnn" and options.setting == "admission":
+        names = names[1:]
+    fields: dict[str, Any] = {
+        "id2label": dict(enumerate(names)), "label2id": {name: place for place, name in enumerate(names)},
+    }  # fmt: skip
+    if options.setting != "admission":
+        fields["problem_type"] = "multi_label_classification"
+    fields |= json_options(options.model_options, "model_options")
+    if kind == "rnn":
+        return VisitRnnForMedicationRecommendation(_rnn_config(options, processor, fields))
+    if kind == "cnn":
+        return EhrTextForICDCoding(_cnn_config(options, processor, fields))
+    return _new_concat(kind, options, processor, fields)
+
+
+_IMPOSSIBLE = {("rnn", "admission"), ("rnn", "coding"), ("cnn", "recommendation")}
+
+
+def _rnn_config(options: VisitBaselineArguments, processor: MedMPLMProcessor, fields: dict) -> VisitRnnConfig:
+    sizes: Any = {f"{kind}_vocab_size": len(words) for kind, words in processor.code_tokenizers.items()}
+    return (VisitRnnConfig.tiny if options.preset == "tiny" else VisitRnnConfig)(**(sizes | fields))
+
+
+def _cnn_config(options: VisitBaselineArguments, processor: MedMPLMProcessor, fields: dict) -> EhrTextConfig:
+    words = processor.note_tokenizer
+    sizes = {"vocab_size": len(words), "pad_token_id": words.pad_token_id}
+    small = {"embedding_size": 32, "hidden_size": 32} if options.preset == "tiny" else {}
+    return EhrTextConfig.cnn(**(sizes | small | fields))
+
+
+def _new_concat(kind: str, options: VisitBaselineArguments, processor: MedMPLMProcessor, fields: dict) -> Any:
+    """Encoders end to end, or one alone."""
+    readers = VISIT_READERS[kind]
+    if options.setting == "coding" and kind != "note":
+        fields["read_diagnoses"] = False
+    note = codes = None
+    if "note" in readers:
+        note = options.note_encoder
+        if note is None and options.model is not None:
+            note = _text_encoder(options)
+            fields = {"note_pooling": MedMPLMConfig.from_pretrained(options.model).note_pooling} | fields
+        if note is None:
+            preset = MedMPLMConfig.tiny if options.preset == "tiny" else MedMPLMConfig
+            fields["note_config"] = _text_fields(preset, processor.note_tokenizer, fields.pop("note_config", {}))
+    if kind != "note":
+        opened = _medbert_of_visits if "medbert" in readers else _gbert_of_visits
+        codes, more = opened(options, processor)
+        fields = more | fields
+    if options.setting == "recommendation":
+        return EhrConcatForMedicationRecommendation.from_encoders(note, codes, **fields)
+    return EhrConcatForSequenceClassification.from_encoders(note, codes, **fields)
+
+
+def _gbert_of_visits(options: VisitBaselineArguments, processor: MedMPLMProcessor) -> tuple[Any, dict[str, Any]]:
+    """G-BERT over the vocabularies of the processor; and no further fields."""
+    tokens = [_tokens(tokenizer) for tokenizer in processor.code_tokenizers.values()]
+    if options.code_encoder is None:
+        sizes = {"hidden_size": 32, "intermediate_size": 32} if options.preset == "tiny" else {}
+        return GBertModel(GBertConfig.from_vocabularies(*tokens, **sizes)), {}
+    theirs = MedMPLMProcessor.from_pretrained(options.code_encoder)
+    if [_tokens(tokenizer) for tokenizer in theirs.code_tokenizers.values()] != tokens:
+        raise ValueError(
+            "`code_encoder` must have the vocabularies of the model, got others. Give the same folder as `model`."
+        )
+    kind = PreTrainedConfig.get_config_dict(options.code_encoder)[0].get("model_type")
+    if kind == GBertConfig.model_type:
+        return GBertModel.from_pretrained(options.code_encoder, dtype=torch.float32), {}
+    pretrained: Any = MedMPLMConfig.from_pretrained(options.code_encoder)
+    gbert = GBertModel(GBertConfig.from_dict(pretrained.code_config.to_dict()))
+    take_code_encoder(gbert, options.code_encoder)
+    return gbert, {}
+
+
+def _medbert_of_visits(options: VisitBaselineArguments, processor: MedMPLMProcessor) -> tuple[Any, dict[str, Any]]:
+    """Med-BERT and its ids of the codes; a new one has the codes of both kinds."""
+    diagnoses, medications = (_tokens(tokenizer) for tokenizer in processor.code_tokenizers.values())
+    if options.code_encoder is not None:
+        encoder: Any = MedBertModel.from_pretrained(options.code_encoder, dtype=torch.float32)
+        own = _tokens(EhrCodeTokenizer.from_pretrained(options.code_encoder))
+    else:
+        own = list(dict.fromkeys([*diagnoses, *medications]))
+        config = MedBertConfig.tiny if options.preset == "tiny" else MedBertConfig.base
+        encoder = MedBertModel(config(vocab_size=len(own)))
+    return encoder, EhrConcatConfig.code_maps(own, diagnoses, medications)
+
+
+def _tokens(tokenizer: Any) -> list[str]:
+    return tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))

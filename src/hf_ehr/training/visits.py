@@ -7,7 +7,7 @@ records ─ codes and words, fitted on the training patients ─▶ visits ─�
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +45,7 @@ from hf_ehr.training._visit_fitting import (
 )
 from hf_ehr.training._visit_models import (
     ARCHITECTURES,
+    architecture_of,
     new_visit_classifier,
     new_visit_model,
     take_code_encoder,
@@ -129,8 +130,27 @@ class VisitPretrainArguments:
                 raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
 
 
+class VisitTask:
+    """How a task is read, of arguments that name one."""
+
+    task: str
+
+    @property
+    def setting(self) -> Setting:
+        """How :func:`hf_ehr.visit_datasets.build_visit_examples` reads the task."""
+        if self.task == MEDICATION_RECOMMENDATION:
+            return "recommendation"
+        return "admission" if self.coded is None else "coding"
+
+    @property
+    def coded(self) -> int | None:
+        """How many codes are coded."""
+        match = re.fullmatch(rf"{ICD_CODING}_top([1-9]\d*)", self.task)
+        return None if match is None else int(match[1])
+
+
 @dataclass
-class VisitFinetuneArguments:
+class VisitFinetuneArguments(VisitTask):
     """What is predicted of visits, from which checkpoint, with how many patients."""
 
     task: str = field(
@@ -152,19 +172,6 @@ class VisitFinetuneArguments:
     linear_probe: bool = field(
         default=True, metadata={"help": "Start a yes-or-no head from a regression on frozen features."}
     )
-
-    @property
-    def setting(self) -> Setting:
-        """How :func:`hf_ehr.visit_datasets.build_visit_examples` reads the task."""
-        if self.task == MEDICATION_RECOMMENDATION:
-            return "recommendation"
-        return "admission" if self.coded is None else "coding"
-
-    @property
-    def coded(self) -> int | None:
-        """How many codes are coded."""
-        match = re.fullmatch(rf"{ICD_CODING}_top([1-9]\d*)", self.task)
-        return None if match is None else int(match[1])
 
 
 def pretrain_visits(
@@ -223,16 +230,39 @@ def finetune_visits(data: VisitArguments, options: VisitFinetuneArguments, train
         EhrDataError: Nothing is asked of these visits, no code is frequent enough, or `output_dir` holds another run.
         ValueError: An option has no meaning for this task.
     """
+    check_earlier_stage(options.model, data.manifest(data.splits()))
+    return fit_and_save(
+        data, options, training,
+        lambda train: visit_processor(options),
+        lambda names, processor: new_visit_classifier(options, names, training.seed),
+    )  # fmt: skip
+
+
+def fit_and_save(
+    data: VisitArguments,
+    options: Any,
+    training: TrainingArguments,
+    open_processor: Callable[[np.ndarray], MedMPLMProcessor],
+    open_model: Callable[[list[str], MedMPLMProcessor], Any],
+) -> Path:
+    """What :func:`finetune_visits` does with any classifier of visits.
+
+    Args:
+        data: The visits and their split.
+        options: A :class:`VisitTask` with `target_text`, `train_patients`, `draw` and `linear_probe`.
+        training: Settings of the run.
+        open_processor: Training patients → processor.
+        open_model: Names of the labels and processor → classifier.
+    """
     splits = data.splits()
-    check_earlier_stage(options.model, data.manifest(splits))
     output, run = output_of(training), Run(training, FINETUNE_FILE, data, options)
     if run.finished:
         return output
-    processor = visit_processor(options)
+    processor = open_processor(splits["train"])
     for tokenizer in processor.code_tokenizers.values():
         check_fitted_on(tokenizer.init_kwargs.get("fitted_on") or "", splits["train"])
     names = label_names(data, options, processor, splits["train"])
-    model = new_visit_classifier(options, names, training.seed)
+    model = open_model(names, processor)
     train, validation = (
         labelled_visits(data, options, processor, names, splits, name, output / "examples" / name)
         for name in ("train", "validation")
@@ -254,7 +284,7 @@ def finetune_visits(data: VisitArguments, options: VisitFinetuneArguments, train
     return output
 
 
-def visit_labels(data: VisitArguments, options: VisitFinetuneArguments) -> pa.Table:
+def visit_labels(data: VisitArguments, options: VisitTask) -> pa.Table:
     """LABELS of the task; the file in the prepared folder, written now if it is not there."""
     if options.setting == "admission":
         return task_labels(data, options.task)  # type: ignore[arg-type]
@@ -263,9 +293,7 @@ def visit_labels(data: VisitArguments, options: VisitFinetuneArguments) -> pa.Ta
     return read_labels(path if path.is_file() else label_codes(name, data.data))
 
 
-def label_names(
-    data: VisitArguments, options: VisitFinetuneArguments, processor: MedMPLMProcessor, train: np.ndarray
-) -> list[str]:
+def label_names(data: VisitArguments, options: VisitTask, processor: MedMPLMProcessor, train: np.ndarray) -> list[str]:
     """What is predicted, in the order of the labels; known from training patients alone.
 
     Returns:
@@ -291,7 +319,7 @@ def label_names(
 
 def labelled_visits(
     data: VisitArguments,
-    options: VisitFinetuneArguments,
+    options: Any,
     processor: MedMPLMProcessor,
     names: Sequence[str],
     splits: dict[str, np.ndarray],
@@ -312,7 +340,8 @@ def labelled_visits(
 
 __all__ = [
     "VISIT_FINETUNE_RECIPE", "VISIT_PRETRAIN_RECIPE", "AskedVisits", "VisitArguments", "VisitFinetuneArguments",
-    "VisitPretrainArguments", "asked_visits", "finetune_visits", "fit_visits", "held_out_visits", "label_names",
+    "VisitPretrainArguments", "VisitTask", "architecture_of", "asked_visits", "finetune_visits", "fit_and_save",
+    "fit_visits", "held_out_visits", "label_names",
     "labelled_visits", "new_visit_classifier", "new_visit_model", "predict_visits", "pretrain_visits",
     "take_code_encoder", "visit_labels", "visit_processor",
 ]  # fmt: skip

@@ -14,11 +14,10 @@ import torch
 from transformers import TrainingArguments
 
 from hf_ehr.baselines import Predictions
-from hf_ehr.experiments.cells import TUNING_DRAW, oracle_auroc
+from hf_ehr.experiments.cells import TUNING_DRAW, chosen_patients, oracle_auroc
+from hf_ehr.experiments.materials import SILENT, SPLITS
 from hf_ehr.experiments.spec import digest
 from hf_ehr.experiments.stays.materials import (
-    SILENT,
-    SPLITS,
     Features,
     StayCohort,
     load_examples,
@@ -31,7 +30,6 @@ from hf_ehr.experiments.stays.spec import (
     StayData,
     StayRow,
     StaySpec,
-    patients_at,
 )
 from hf_ehr.experiments.stays.summaries import load_summaries
 from hf_ehr.metrics import auroc
@@ -102,15 +100,8 @@ class StayBench:
 
     def examples(self, cell: StayCell, split: str) -> Any:
         """The examples of a split that a cell sees: its labelled draw, or a fixed sample of validation or test."""
-        examples = self.all_examples(cell, split)
-        subjects = np.asarray(examples.data["subject_id"].to_numpy())
-        patients = np.unique(subjects)
-        limits = {"validation": self.spec.validation_patients, "test": self.spec.test_patients}
-        wanted = patients_at(cell.size if split == "train" else limits[split], len(patients))
-        if wanted == len(patients):
-            return examples
-        chosen = np.random.default_rng(cell.draw if split == "train" else 0).permutation(patients)[:wanted]
-        return examples.select(np.flatnonzero(np.isin(subjects, chosen)))
+        limits = {"train": cell.size, "validation": self.spec.validation_patients, "test": self.spec.test_patients}
+        return chosen_patients(self.all_examples(cell, split), limits[split], cell.draw if split == "train" else 0)
 
     def seed(self, cell: StayCell, member: int = 0) -> int:
         """The pre-training seed of a draw and a member of its ensemble."""

@@ -16,24 +16,19 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import polars as pl
 import pyarrow as pa
-import pyarrow.parquet as pq
 from transformers import TrainingArguments
 
+from hf_ehr.experiments.materials import SILENT, SPLITS, json_fields, train_note_encoder
 from hf_ehr.experiments.spec import digest, expanded
 from hf_ehr.experiments.stays.spec import ADMISSION, OBJECTIVES, StagesSpec, StayData, StayRow, StaySpec
 from hf_ehr.hourly import fit_hourly_features
 from hf_ehr.models.feature_extraction_hourly import HourlyFeatureExtractor
-from hf_ehr.notes import prepare_notes
-from hf_ehr.notes.tables import LABEL_TABLE_SCHEMA, NOTE_TABLE_SCHEMA
 from hf_ehr.prepare import prepare
-from hf_ehr.schema import atomic_folder, shard_paths, write_parquet
+from hf_ehr.schema import atomic_folder
 from hf_ehr.stay_datasets import build_stay_examples
 from hf_ehr.training import (
     DataArguments,
-    NoteArguments,
-    NotePretrainArguments,
     check_earlier_stage,
-    pretrain_notes,
     task_labels,
     task_name,
 )
@@ -45,9 +40,7 @@ if TYPE_CHECKING:
 
     from hf_ehr.training.admissions import AdmissionPretrainArguments
 
-SPLITS = ("train", "validation", "test")
 PRETRAINING_FILE = "pretraining.json"
-SILENT: dict[str, Any] = {"logging_strategy": "no", "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
 OBJECTIVE_WEIGHTS = {"mcp": "masked_code_weight", "cl": "contrastive_weight"}
 
 
@@ -178,7 +171,7 @@ class Features:
 
 def make_stage1(features: Features, stages: StagesSpec, seed: int) -> None:
     """Pre-trains stays of the training patients by reconstruction."""
-    options = _options(stages.part("stays", "options"))
+    options = json_fields(stages.part("stays", "options"))
     training = TrainingArguments(
         output_dir=str(features.stage1(stages, seed)), seed=seed, **(SILENT | stages.part("stays", "training"))
     )
@@ -235,33 +228,8 @@ def note_encoder_folder(cohort: StayCohort, stages: StagesSpec) -> Path:
 
 def make_note_encoder(cohort: StayCohort, stages: StagesSpec) -> None:
     """Trains a small text encoder on the notes of the training patients, and on nobody else's."""
-    folder = note_encoder_folder(cohort, stages)
-    tables = folder.parent / "tables"
-    if not tables.is_dir():
-        with atomic_folder(tables) as temporary:
-            notes_table = notes_of(cohort.data.data, cohort.splits["train"])
-            named = pa.array(["train"] * len(notes_table))  # none is a test note: a fifth checks the encoder
-            write_parquet(notes_table.append_column("split", named), temporary / "notes.parquet")
-            write_parquet(LABEL_TABLE_SCHEMA.empty_table(), temporary / "labels.parquet")
-    notes = prepare_notes("table", tables, folder.parent / "notes", min_characters=1)
-    training = TrainingArguments(output_dir=str(folder), **(SILENT | stages.part("notes", "training")))
-    options = NotePretrainArguments(**_options(stages.part("notes", "options")))
-    # Patients are cut by the seed alone: under that of the cohort all of its training patients would train again.
-    pretrain_notes(NoteArguments(data=str(notes.path), split_seed=cohort.data.split_seed + 1), options, training)
-
-
-def notes_of(data: str | Path, subject_ids: np.ndarray) -> pa.Table:
-    """NOTES of some patients of a prepared folder."""
-    element = "visits.list.element."
-    columns = ["subject_id", f"{element}visit_id", f"{element}notes"]
-    wanted, parts = pl.Series(np.asarray(subject_ids, np.int64)).implode(), []
-    for path in shard_paths(data, "records"):
-        frame = pl.DataFrame(pq.ParquetFile(path).read(columns=columns))
-        frame = frame.filter(pl.col("subject_id").is_in(wanted)).explode("visits").drop_nulls("visits")
-        frame = frame.unnest("visits").explode("notes").drop_nulls("notes").unnest("notes").drop_nulls("text")
-        parts.append(frame)
-    notes = pl.concat(parts).with_row_index("note_id").with_columns(pl.col("note_id").cast(pl.String))
-    return notes.select(NOTE_TABLE_SCHEMA.names).to_arrow().cast(NOTE_TABLE_SCHEMA)
+    data, train = cohort.data, cohort.splits["train"]
+    train_note_encoder(data.data, train, data.split_seed, note_encoder_folder(cohort, stages), stages.notes or {})
 
 
 def make_examples(features: Features, spec: StaySpec, task: str, split: str) -> None:
@@ -315,8 +283,3 @@ def open_blank(features: Features, stages: StagesSpec) -> tuple[Any, Any]:
 
     folder = features.blank(stages)
     return MedHMPProcessor.from_pretrained(folder), MedHMPForAdmissionPreTraining.from_pretrained(folder)
-
-
-def _options(given: dict[str, Any]) -> dict[str, Any]:
-    """Fields of arguments that take mappings as JSON."""
-    return given | {name: json.dumps(value) for name, value in given.items() if isinstance(value, dict)}

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import math
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_ehr.experiments.spec import ALL, check_draws, check_rows, from_content, one_of, read_yaml
+from hf_ehr.experiments.spec import (
+    ALL,
+    check_draws,
+    check_rows,
+    check_size,
+    from_content,
+    one_of,
+    read_yaml,
+)
 from hf_ehr.schema import EhrDataError
 
 KIND = "stays"
@@ -291,19 +297,3 @@ class StaySpec:
     def row(self, name: str) -> StayRow:
         """A row by its name."""
         return next(row for row in self.rows if row.name == name)
-
-
-def check_size(size: Any) -> None:
-    """Raises EhrDataError where ``size`` is no number of patients, no share of them and not ``all``."""
-    share = re.fullmatch(r"(\d+(?:\.\d+)?)%", size) if isinstance(size, str) else None
-    valid = size == ALL or (share and 0 < float(share[1]) <= 100) or (isinstance(size, int) and size > 0)
-    if not valid:
-        raise EhrDataError(f"`sizes` must hold positive numbers, shares as '10%' or {ALL!r}, got {size!r}. Change it.")
-
-
-def patients_at(size: int | str, patients: int) -> int:
-    """Number of labelled patients of a size, of so many; a share is rounded up."""
-    if size == ALL:
-        return patients
-    wanted = math.ceil(patients * float(size[:-1]) / 100) if isinstance(size, str) else size
-    return min(wanted, patients)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hf_ehr.experiments.runner import Job
+from hf_ehr.experiments.materials import SPLITS
+from hf_ehr.experiments.runner import Job, distinct
 from hf_ehr.experiments.spec import ALL
 from hf_ehr.experiments.stays.cells import StayBench, StayCell
 from hf_ehr.experiments.stays.convergence import curve_cells, curve_path, run_curve
 from hf_ehr.experiments.stays.materials import (
     PRETRAINING_FILE,
-    SPLITS,
     Features,
     make_blank,
     make_examples,
@@ -55,11 +55,6 @@ def stages(bench: StayBench) -> dict[str, list[Job]]:
             for cell in curve_cells(bench)
         ],
     }
-
-
-def distinct(jobs: Iterator[Job]) -> list[Job]:
-    """Each job once."""
-    return list({job.done: job for job in jobs}.values())
 
 
 def _readers(bench: StayBench) -> Iterator[tuple[StayData, StayRow, Features]]:
