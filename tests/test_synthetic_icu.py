@@ -182,6 +182,15 @@ def test_shards_and_blocks_hold_the_same_patients_as_one_piece(monkeypatch):
         assert together.sort(keys, maintain_order=True).equals(pl.from_arrow(whole[number]))
 
 
+def test_further_patients_are_those_of_a_larger_world():
+    whole, _ = generate_shard(SyntheticIcuConfig(patients=30), 0, 1)
+    further = [generate_shard(SyntheticIcuConfig(patients=12, first_patient=19), index, 4)[0] for index in range(4)]
+    found = pl.from_arrow(pa.concat_tables(further))
+    expected = pl.from_arrow(whole).filter(pl.col("subject_id") >= 19)
+    assert found["subject_id"].unique().sort().to_list() == list(range(19, 31))
+    assert found.sort("subject_id", maintain_order=True).equals(expected)
+
+
 def test_a_seed_is_a_world_of_its_own():
     assert not world(patients=20)[0].equals(world(patients=20, seed=1)[0])
 

@@ -117,7 +117,8 @@ class SyntheticIcuConfig:
     """Size, seed and switches of the synthetic intensive care world.
 
     Attributes:
-        patients: Number of patients; ids are 1 … patients. They have 1 to 8 visits and 1.3 stays each on average.
+        patients: Number of patients. They have 1 to 8 visits and 1.3 stays each on average.
+        first_patient: Id of the first; the others follow. Another range of ids has further patients of the same world.
         seed: Of every draw.
         synonyms: Codes of each condition, at most 40; nearly equally frequent (Zipf .3).
         low_rank: Variables vary along four shared factors, from stay to stay and from hour to hour, and a
@@ -138,6 +139,7 @@ class SyntheticIcuConfig:
     """
 
     patients: int = 3_000
+    first_patient: int = 1
     seed: int = 0
     synonyms: int = 20
     low_rank: bool = True
@@ -148,7 +150,9 @@ class SyntheticIcuConfig:
     notes: bool = True
 
     def __post_init__(self) -> None:
-        ranges = {"patients": (1, 10**12), "seed": (0, 2**63), "synonyms": (1, 40)}
+        ranges = {
+            "patients": (1, 10**12), "first_patient": (1, 10**12), "seed": (0, 2**63), "synonyms": (1, 40),
+        }  # fmt: skip
         for name, (low, high) in ranges.items():
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"`{name}` must be between {low} and {high}, got {getattr(self, name)}.")

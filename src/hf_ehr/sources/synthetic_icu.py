@@ -108,11 +108,9 @@ def generate_shard(config: SyntheticIcuConfig, index: int, shards: int) -> tuple
     """
     if not 0 <= index < shards:
         raise ValueError(f"`index` must be between 0 and {shards - 1} (`shards` - 1), got {index}.")
-    first, size = index or shards, _CHUNK * shards  # ids start at 1
-    chunks = [
-        _generate(config, np.arange(start, min(start + size, config.patients + 1), shards))
-        for start in range(first, config.patients + 1, size)
-    ]
+    first = config.first_patient + (index - config.first_patient) % shards
+    end, size = config.first_patient + config.patients, _CHUNK * shards
+    chunks = [_generate(config, np.arange(start, min(start + size, end), shards)) for start in range(first, end, size)]
     events = pa.concat_tables([EVENT_SCHEMA.empty_table(), *(events for events, _ in chunks)])
     truth = pa.concat_tables([TRUTH_SCHEMA.empty_table(), *(truth for _, truth in chunks)])
     order = [("task", "ascending"), ("subject_id", "ascending"), ("prediction_time", "ascending")]
