@@ -60,7 +60,7 @@ def test_a_demo_goes_from_raw_tables_to_a_card_that_claims_nothing(name, real_da
         del tasks["icd_coding"]
     data = ["--data", folder, "--split_seed", str(split_seed(folder, tasks))]
     # LightGBM is fitted drug by drug: of eICU's two thousand stays the frequent ones will do.
-    words = ["pretrain", "medmplm", *data, *SMALL, "--min_patients", "200" if name == "eicu" else "11"]
+    words = ["pretrain", "medmplm", *data, *SMALL, "--min_patients", "50" if name == "eicu" else "11"]
     assert main([*words, "--output_dir", str(tmp_path / "start"), *QUIET]) == 0
     for task in tasks:
         named = "icd_coding_top5" if task == "icd_coding" else task

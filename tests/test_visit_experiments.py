@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -27,7 +28,7 @@ from hf_ehr.experiments.visits.cells import (
     entity_arrays,
 )
 from hf_ehr.experiments.visits.classical import classical
-from hf_ehr.experiments.visits.corpora import true_entities
+from hf_ehr.experiments.visits.corpora import annotated_notes, true_entities, typed_entities
 from hf_ehr.experiments.visits.models import new_model
 from hf_ehr.experiments.visits.scores import Said, figures, primary_of, resampled, said_by
 from hf_ehr.experiments.visits.spec import VisitRow, setting_of
@@ -394,6 +395,18 @@ def test_entities_that_lie_in_others_are_left_out_and_a_note_is_one_visit(bench)
     visits = [visit for row in records for visit in row["visits"]]
     assert sorted(visit["notes"][0]["text"] for visit in visits) == sorted(texts)
     assert any(code.startswith("Drug/") for visit in visits for code in visit["medications"])
+
+
+def test_notes_that_nobody_annotated_are_no_notes_without_entities():
+    notes = pa.table({"note_id": list("abc"), "split": ["train", "unlabelled", None]})
+    assert annotated_notes(notes)["note_id"].to_pylist() == ["a", "c"]
+
+
+def test_procedures_are_a_type_of_their_own():
+    codes, place = ["ICD10CM/I50.9", "ICD10PCS/0210093", "ICD10CM/E11.9"], pa.array([0, 1, 2], pa.int32())
+    columns = {"note_id": list("aaa"), "code": codes, "start": place, "end": place}
+    spans = pa.table(columns | {"kind": ["annotated", "annotated", "sign"]})
+    assert typed_entities(spans)["type"].to_pylist() == ["problem", "procedure", "treatment"]
 
 
 # The generator's own probabilities

@@ -235,7 +235,7 @@ def figures_of(metrics: Mapping[str, Interval], headings: Mapping[str, str], **c
     Args:
         metrics: Name → figure.
         headings: Name → how it is called.
-        **counts: `test_rows`, `test_events`, `test_patients`, `train_rows`, as far as they are known.
+        **counts: `test_rows`, `test_events` or `true_codes`, `test_patients`, `train_rows`, as far as they are known.
     """
     values = {name: (one.value, one.low, one.high) for name, one in metrics.items() if name in headings}
     return {**counts, "metrics": _metrics(values, headings)}
@@ -348,7 +348,7 @@ def _splits(manifest: SplitManifest | None, content: Mapping[str, Any]) -> str:
         lines.append("")
     known = {
         "train_rows": "labelled training rows", "test_rows": "test rows", "test_events": "of them with the event",
-        "test_patients": "test patients with a row",
+        "true_codes": "true codes of theirs", "test_patients": "test patients with a row",
     }  # fmt: skip
     counts = [f"{content[name]:,} {what}" for name, what in known.items() if content.get(name) is not None]
     return "\n".join([*lines, "; ".join(counts) + "." if counts else ""]).rstrip()

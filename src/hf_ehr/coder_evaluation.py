@@ -103,7 +103,7 @@ def evaluate_coder(arguments: CoderEvaluateArguments) -> Path:
     )
     figures = figures_of(
         results[-1].figures, HEADINGS, test_rows=len(test.patients), test_patients=len(np.unique(test.patients)),
-        test_events=int(results[-1].positives.sum()),
+        true_codes=int(results[-1].positives.sum()),
     )  # fmt: skip
     write_coder_card(Path(arguments.model), len(test.codes), "\n".join(["## Figures", "", *lines]), figures)
     return paths[0]

@@ -60,7 +60,7 @@ def make_corpus(source: str, path: str | None, options: dict[str, Any], folder: 
     if folder.is_dir():
         return
     corpus = prepare_notes(cast(Any, source), path, folder.with_name("prepared-notes"), options=options)
-    notes, spans = pa.concat_tables(corpus.notes()), corpus.spans()
+    notes, spans = annotated_notes(pa.concat_tables(corpus.notes())), corpus.spans()
     if not spans.num_rows:
         raise EhrDataError(f"`corpus` must have spans, and {source!r} has none here. Choose another language or part.")
     with atomic_folder(folder) as temporary:
@@ -68,6 +68,11 @@ def make_corpus(source: str, path: str | None, options: dict[str, Any], folder: 
         write_parquet(notes, temporary / NOTES)
         write_parquet(typed_entities(spans), temporary / ENTITIES)
         DatasetInfo(source, options, corpus.info.shards, "order").save(temporary)
+
+
+def annotated_notes(notes: pa.Table) -> pa.Table:
+    """Without notes that nobody read for entities: where none is marked there, one may be all the same."""
+    return notes.filter(pc.fill_null(pc.not_equal(notes["split"], "unlabelled"), True))
 
 
 def typed_entities(spans: pa.Table) -> pa.Table:
