@@ -51,7 +51,7 @@ examples = build_entity_examples(notes, tokenizer, tags, max_length={length})
 entities = predicted_entities(model, examples, EntityCollator(tokenizer))
 ```
 
-Splits are by patient; `splits.json` holds them as salted hashes.
+Splits are by patient.
 
 ## Figures
 

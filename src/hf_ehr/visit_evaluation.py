@@ -81,8 +81,8 @@ processor = AutoProcessor.from_pretrained(folder)
 batch = processor({example})
 ```
 
-The thresholds in `config.thresholds` were tuned on validation patients. Splits are by patient; `splits.json` holds
-them as salted hashes. Codes that too few training patients have back off to their classes.
+The thresholds in `config.thresholds` were tuned on validation patients. Splits are by patient. Codes that too few
+training patients have back off to their classes.
 
 ## Figures
 

@@ -82,7 +82,7 @@ class NoteAloneCollator(VisitCollator):
 def collator_of(model: Any, masking: Any = None) -> VisitCollator:
     """The collator of a model of visits."""
     if isinstance(model, EhrTextForICDCoding):
-        return NoteAloneCollator(note_pad_token_id=model.config.pad_token_id, num_labels=model.num_labels)
+        return NoteAloneCollator(note_pad_token_id=model.config.pad_token_id or 0, num_labels=model.num_labels)
     return VisitCollator.of(model.config, masking=masking, num_labels=getattr(model, "num_labels", None))
 
 

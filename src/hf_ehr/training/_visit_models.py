@@ -146,7 +146,7 @@ def _text_encoder(options: VisitFinetuneArguments | VisitBaselineArguments) -> A
     name = json.loads(path.read_text()).get("note_encoder") if path.is_file() else None
     if name is None:
         return None
-    config = MedMPLMConfig.from_pretrained(options.model)
+    config = MedMPLMConfig.from_pretrained(str(options.model))
     small = {"note_pooling": config.note_pooling, "code_config": GBertConfig.tiny()}
     return MedMPLMModel.from_note_encoder(name, **small).note_encoder
 
@@ -293,7 +293,7 @@ def _gbert_of_visits(options: VisitBaselineArguments, processor: MedMPLMProcesso
     """G-BERT over the vocabularies of the processor; and no further fields."""
     tokens = [_tokens(tokenizer) for tokenizer in processor.code_tokenizers.values()]
     if options.code_encoder is None:
-        sizes = {"hidden_size": 32, "intermediate_size": 32} if options.preset == "tiny" else {}
+        sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32} if options.preset == "tiny" else {}
         return GBertModel(GBertConfig.from_vocabularies(*tokens, **sizes)), {}
     theirs = MedMPLMProcessor.from_pretrained(options.code_encoder)
     if [_tokens(tokenizer) for tokenizer in theirs.code_tokenizers.values()] != tokens:

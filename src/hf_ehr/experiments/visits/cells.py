@@ -7,13 +7,12 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from transformers import TrainingArguments
 
-from hf_ehr.entity_tags import Entity
 from hf_ehr.experiments.cells import TUNING_DRAW, chosen_patients
 from hf_ehr.experiments.materials import SILENT, SPLITS
 from hf_ehr.experiments.spec import digest
@@ -21,6 +20,7 @@ from hf_ehr.experiments.visits.classical import classical, dictionary
 from hf_ehr.experiments.visits.corpora import true_entities
 from hf_ehr.experiments.visits.materials import VisitCohort
 from hf_ehr.experiments.visits.models import fit, found_entities, new_model, read_columns
+from hf_ehr.experiments.visits.scores import Asked, entity_arrays, primary_of
 from hf_ehr.experiments.visits.spec import ADMISSION, ENTITIES, VisitData, VisitRow, VisitSpec, setting_of
 from hf_ehr.schema import atomic_path
 from hf_ehr.tasks.audit import OneShotTest
@@ -49,20 +49,6 @@ class VisitCell:
     def untuned(self) -> VisitCell:
         """The cell that the learning rate is chosen on."""
         return replace(self, draw=TUNING_DRAW)
-
-
-class Asked(NamedTuple):
-    """What is asked of the patients of a split, in the order of a cell's predictions.
-
-    Attributes:
-        truth: (rows,) or (rows, labels) 0/1; of entities those of each note.
-        patients: (rows,).
-        previous: (rows, labels) drugs of the visit before; None where no drugs are asked for.
-    """
-
-    truth: Any
-    patients: np.ndarray
-    previous: np.ndarray | None
 
 
 class VisitBench:
@@ -125,8 +111,6 @@ class VisitBench:
 
     def tune(self, cell: VisitCell) -> None:
         """Chooses the learning rate of a row by the figure of its task on validation, on the draw not reported."""
-        from hf_ehr.experiments.visits.scores import primary_of
-
         draw, scores = cell.untuned, {}
         parts = {split: self.examples(draw, split) for split in SPLITS[:2]}
         asked = self.asked(draw, "validation")
@@ -208,22 +192,3 @@ def blinded(examples: datasets.Dataset) -> datasets.Dataset:
         kind, values = examples.features[name], empty[name](examples[name][:])
         examples = examples.remove_columns(name).add_column(name, values, feature=kind)
     return examples
-
-
-def entity_arrays(entities: list[list[Entity]]) -> dict[str, np.ndarray]:
-    """The entities of notes as arrays; see :func:`entities_from`."""
-    rows = [(note, *one) for note, found in enumerate(entities) for one in found]
-    columns: list[Any] = list(zip(*rows, strict=True)) or [[], [], [], []]
-    numbers = {
-        name: np.array(column, np.int64) for name, column in zip(("note", "start", "end"), columns, strict=False)
-    }
-    return numbers | {"type": np.array(columns[3], str), "notes": np.array(len(entities))}
-
-
-def entities_from(cell: Any) -> list[list[Entity]]:
-    """The entities of each note out of the arrays of a cell."""
-    found: list[list[Entity]] = [[] for _ in range(int(cell["notes"]))]
-    rows = zip(*(cell[name].tolist() for name in ("note", "start", "end", "type")), strict=True)
-    for note, start, end, kind in rows:
-        found[note].append(Entity(start, end, kind))
-    return found

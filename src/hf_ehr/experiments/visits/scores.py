@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hf_ehr.code_thresholds import tune_thresholds
-from hf_ehr.experiments.visits.cells import Asked, entities_from
+from hf_ehr.entity_tags import Entity
 from hf_ehr.experiments.visits.spec import ADMISSION, CODING, ENTITIES, PRIMARY, RECOMMENDATION
 from hf_ehr.intervals import ResampledDraws, resamples
 from hf_ehr.metrics import auroc, average_precision, best_f1_threshold
@@ -33,6 +33,20 @@ SHOWN: dict[str, dict[str, str]] = {
 """Figures of each setting and their names in tables; the first is the one that is compared."""
 _OF_ALL_CELLS = ("auroc_micro", "average_precision_micro", "auroc_macro", "average_precision_macro", "f1_macro")
 _AT_ONCE = 256  # resamples
+
+
+class Asked(NamedTuple):
+    """What is asked of the patients of a split, in the order of a cell's predictions.
+
+    Attributes:
+        truth: (rows,) or (rows, labels) 0/1; of entities those of each note.
+        patients: (rows,).
+        previous: (rows, labels) drugs of the visit before; None where no drugs are asked for.
+    """
+
+    truth: Any
+    patients: np.ndarray
+    previous: np.ndarray | None
 
 
 class Said(NamedTuple):
@@ -146,3 +160,22 @@ def _yes_or_no(truth: np.ndarray, p: np.ndarray, threshold: float, weights: np.n
         "average_precision": np.array([average_precision(y, scores, weight) for weight in weights]),
         "f1": np.divide(2 * hits, either, out=np.full(len(weights), np.nan), where=either > 0),
     }
+
+
+def entity_arrays(entities: list[list[Entity]]) -> dict[str, np.ndarray]:
+    """The entities of notes as arrays; see :func:`entities_from`."""
+    rows = [(note, *one) for note, found in enumerate(entities) for one in found]
+    columns: list[Any] = list(zip(*rows, strict=True)) or [[], [], [], []]
+    numbers = {
+        name: np.array(column, np.int64) for name, column in zip(("note", "start", "end"), columns, strict=False)
+    }
+    return numbers | {"type": np.array(columns[3], str), "notes": np.array(len(entities))}
+
+
+def entities_from(cell: Any) -> list[list[Entity]]:
+    """The entities of each note out of the arrays of a cell."""
+    found: list[list[Entity]] = [[] for _ in range(int(cell["notes"]))]
+    rows = zip(*(cell[name].tolist() for name in ("note", "start", "end", "type")), strict=True)
+    for note, start, end, kind in rows:
+        found[note].append(Entity(start, end, kind))
+    return found

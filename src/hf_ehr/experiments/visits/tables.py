@@ -15,8 +15,8 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from hf_ehr.experiments.tables import _finite, _size
-from hf_ehr.experiments.visits.cells import Asked, VisitBench, VisitCell
-from hf_ehr.experiments.visits.scores import SHOWN, resampled, said_by
+from hf_ehr.experiments.visits.cells import VisitBench, VisitCell
+from hf_ehr.experiments.visits.scores import SHOWN, Asked, resampled, said_by
 from hf_ehr.experiments.visits.spec import ENTITIES, PRIMARY, VisitData, VisitRow, VisitSpec, setting_of
 from hf_ehr.intervals import Interval, ResampledDraws, holm, resamples_for, verdict
 from hf_ehr.reports import FEW_POSITIVES
