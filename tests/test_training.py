@@ -25,6 +25,7 @@ from hf_ehr.schema import EhrDataError
 from hf_ehr.tasks import LeakageError, SplitManifest
 from hf_ehr.training import DataArguments, FinetuneArguments, PretrainArguments
 from hf_ehr.training._runs import last_checkpoint
+from hf_ehr.training.finetuning import positive, set_probe
 from tests.builders import patient, records, visit
 
 WORLD = {"world": "C", "patients": 900, "conditions": 18, "synonyms": 5, "noise_codes": 10}
@@ -252,6 +253,24 @@ def test_checkpoints_of_which_nobody_knows_what_they_are_are_not_resumed(data, p
     options = FinetuneArguments(task="synthetic_outcome", model=str(pretrained))
     with pytest.raises(EhrDataError, match="`output_dir`"):
         training.finetune(data, options, arguments(tmp_path / "run"))
+
+
+def test_a_probe_does_not_hang_on_a_feature_that_hardly_varies():
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1], 100)
+    shifts = {"early": 1.5 * labels, "constant": 1e-3 * labels}
+    states = np.stack([rng.normal(0, 1, 200) + shifts["early"], 5 + rng.normal(0, 3e-4, 200) + shifts["constant"]], 1)
+    layer = torch.nn.Linear(2, 2)
+    set_probe(layer, states.astype(np.float32), labels, states.astype(np.float32), labels)
+
+    def probabilities(moved: float) -> np.ndarray:
+        with torch.no_grad():
+            return positive(layer(torch.from_numpy(states + np.array([0.0, moved])).float()).numpy())
+
+    assert auroc(labels, probabilities(0.0)) > 0.8
+    assert np.abs(probabilities(0.0).mean() - 0.5) < 0.05
+    # One hundredth of the feature, as the first steps of fine-tuning move it.
+    assert np.abs(probabilities(0.05) - probabilities(0.0)).max() < 0.1
 
 
 def test_the_decision_to_keep_fine_tuned_weights_is_made_on_validation(data, pretrained, tmp_path):

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FINETUNE_FILE = "finetune.json"
+LEAST_SPREAD = 0.1
+"""Share of the features' root mean variance below which a feature's own spread does not set its scale in a probe."""
 FINETUNE_SETTINGS = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "weight_decay", "seed")
 
 
@@ -206,10 +208,15 @@ def start_from_probe(model, train: datasets.Dataset, validation: datasets.Datase
 
 
 def set_probe(classifier: torch.nn.Linear, states, labels, held_states, held_labels) -> None:
-    """Sets a layer of two scores to a regression on (examples, features) states, its penalty chosen on held ones."""
+    """Sets a layer of two scores to a regression on (examples, features) states, its penalty chosen on held ones.
+
+    A feature that hardly varies is not scaled up as far as the others: its weight would be so large that the first
+    steps of fine-tuning, which move all features, threw every probability to 0 or 1.
+    """
     from sklearn.linear_model import LogisticRegression
 
-    mean, scale = states.mean(axis=0), states.std(axis=0) + 1e-6
+    mean, spread = states.mean(axis=0), states.std(axis=0)
+    scale = np.maximum(spread, LEAST_SPREAD * np.sqrt(np.square(spread).mean())) + 1e-6
     fits = [
         LogisticRegression(C=strength, max_iter=1000).fit((states - mean) / scale, labels)
         for strength in (0.001, 0.01, 0.1, 1.0)
