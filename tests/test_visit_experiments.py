@@ -20,17 +20,20 @@ from hf_ehr.entity_tags import Entity
 from hf_ehr.experiments import ReportArguments, load_spec, report
 from hf_ehr.experiments.spec import SPECS
 from hf_ehr.experiments.visits import VisitBench, VisitSpec, stages
-from hf_ehr.experiments.visits.cells import (
-    Asked,
-    VisitCell,
-    blinded,
-    entities_from,
-    entity_arrays,
-)
+from hf_ehr.experiments.visits.cells import VisitCell, blinded
 from hf_ehr.experiments.visits.classical import classical
 from hf_ehr.experiments.visits.corpora import annotated_notes, true_entities, typed_entities
 from hf_ehr.experiments.visits.models import new_model
-from hf_ehr.experiments.visits.scores import Said, figures, primary_of, resampled, said_by
+from hf_ehr.experiments.visits.scores import (
+    Asked,
+    Said,
+    entities_from,
+    entity_arrays,
+    figures,
+    primary_of,
+    resampled,
+    said_by,
+)
 from hf_ehr.experiments.visits.spec import VisitRow, setting_of
 from hf_ehr.experiments.visits.tables import collect, write
 from hf_ehr.intervals import crossed_bootstrap, holm

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from hf_ehr import baselines
 from hf_ehr.experiments.materials import (
-    SPLITS,
     CodeEncoders,
     Cohort,
     checkpoint_folder,
@@ -25,6 +24,7 @@ from hf_ehr.experiments.materials import (
     moved_folder,
     pretrain_arguments,
 )
+from hf_ehr.experiments.shared import SPLITS
 from hf_ehr.experiments.spec import PPMI_LR, DataSpec, ReportSpec, RowSpec, digest, patients_at
 from hf_ehr.metrics import auroc
 from hf_ehr.models.configuration_ehrrnn import EhrRnnConfig

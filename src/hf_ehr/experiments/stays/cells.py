@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 
 from hf_ehr.baselines import Predictions
 from hf_ehr.experiments.cells import TUNING_DRAW, chosen_patients, oracle_auroc
-from hf_ehr.experiments.materials import SILENT, SPLITS
+from hf_ehr.experiments.shared import SILENT, SPLITS
 from hf_ehr.experiments.spec import digest
 from hf_ehr.experiments.stays.materials import (
     Features,

@@ -18,7 +18,7 @@ import polars as pl
 import pyarrow as pa
 from transformers import TrainingArguments
 
-from hf_ehr.experiments.materials import SILENT, SPLITS, json_fields, train_note_encoder
+from hf_ehr.experiments.shared import SILENT, SPLITS, json_fields, train_note_encoder
 from hf_ehr.experiments.spec import digest, expanded
 from hf_ehr.experiments.stays.spec import ADMISSION, OBJECTIVES, StagesSpec, StayData, StayRow, StaySpec
 from hf_ehr.hourly import fit_hourly_features

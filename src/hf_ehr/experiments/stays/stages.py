@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hf_ehr.experiments.materials import SPLITS
 from hf_ehr.experiments.runner import Job, distinct
+from hf_ehr.experiments.shared import SPLITS
 from hf_ehr.experiments.spec import ALL
 from hf_ehr.experiments.stays.cells import StayBench, StayCell
 from hf_ehr.experiments.stays.convergence import curve_cells, curve_path, run_curve

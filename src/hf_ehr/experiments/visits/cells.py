@@ -14,7 +14,7 @@ import torch
 from transformers import TrainingArguments
 
 from hf_ehr.experiments.cells import TUNING_DRAW, chosen_patients
-from hf_ehr.experiments.materials import SILENT, SPLITS
+from hf_ehr.experiments.shared import SILENT, SPLITS
 from hf_ehr.experiments.spec import digest
 from hf_ehr.experiments.visits.classical import classical, dictionary
 from hf_ehr.experiments.visits.corpora import true_entities

@@ -15,7 +15,7 @@ from scipy import sparse
 from hf_ehr.baselines import bag_of_codes_lr, lightgbm_counts
 from hf_ehr.entity_datasets import entities_by_note
 from hf_ehr.entity_tags import Entity
-from hf_ehr.experiments.materials import SPLITS
+from hf_ehr.experiments.shared import SPLITS
 from hf_ehr.experiments.visits.corpora import ENTITIES, corpus_notes
 from hf_ehr.experiments.visits.materials import VisitCohort
 from hf_ehr.experiments.visits.spec import ADMISSION, ORACLE, RECOMMENDATION, setting_of

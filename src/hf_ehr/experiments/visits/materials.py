@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, TrainingArguments
 
-from hf_ehr.experiments.materials import SILENT, SPLITS, train_note_encoder
+from hf_ehr.experiments.shared import SILENT, SPLITS, train_note_encoder
 from hf_ehr.experiments.spec import digest, expanded
 from hf_ehr.experiments.visits.corpora import corpus_examples, make_corpus
 from hf_ehr.experiments.visits.spec import ENTITIES, GBERT, MEDMPLM, VisitData, VisitRow, VisitSpec, setting_of
