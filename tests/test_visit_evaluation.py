@@ -25,8 +25,9 @@ from hf_ehr.training.visits import (
     fit_visit_processor,
     labelled_visits,
     predict_visits,
+    without_answers,
 )
-from hf_ehr.visit_evaluation import drug_notes, without_answers
+from hf_ehr.visit_evaluation import drug_notes
 from tests.builders import patient, records, visit
 from tests.test_visit_training import DRUGS, write
 

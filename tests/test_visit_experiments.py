@@ -20,7 +20,7 @@ from hf_ehr.entity_tags import Entity
 from hf_ehr.experiments import ReportArguments, load_spec, report
 from hf_ehr.experiments.spec import SPECS
 from hf_ehr.experiments.visits import VisitBench, VisitSpec, stages
-from hf_ehr.experiments.visits.cells import VisitCell, blinded
+from hf_ehr.experiments.visits.cells import VisitCell
 from hf_ehr.experiments.visits.classical import classical
 from hf_ehr.experiments.visits.corpora import annotated_notes, true_entities, typed_entities
 from hf_ehr.experiments.visits.models import new_model
@@ -42,7 +42,7 @@ from hf_ehr.named_entities import entity_intervals, entity_scores
 from hf_ehr.recommendation import recommendation_intervals, recommendation_metrics
 from hf_ehr.schema import EhrDataError
 from hf_ehr.sources.synthetic_text_codes import DRUGS as WORLD_DRUGS
-from hf_ehr.training.visits import asked_visits
+from hf_ehr.training.visits import asked_visits, without_answers
 from tests.test_visit_training import write as make_visits
 
 DRUGS, READMISSION = "medication_recommendation", "readmission_30d"
@@ -499,7 +499,7 @@ def test_rows_that_read_notes_are_left_out_where_there_are_none(spec):
 
 def test_answers_are_blinded_and_nothing_else(bench):
     examples = bench.cohort(bench.spec.data("made")).examples(DRUGS, "test")
-    hidden = blinded(examples)
+    hidden = without_answers(examples)
     assert set(hidden.column_names) == set(examples.column_names)
     assert hidden.features["label_ids"] == examples.features["label_ids"]
     assert all(hidden[name][:] == examples[name][:] for name in examples.column_names if name != "label_ids")

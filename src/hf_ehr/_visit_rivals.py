@@ -18,8 +18,8 @@ from .recommendation_baselines import (
     RECOMMENDATION_BASELINES,
     AskedVisits,
     RecommendationPredictions,
-    _as_examples,
-    _codes,
+    as_examples,
+    codes_of_visits,
     lightgbm,
     logistic_regression,
     popularity,
@@ -69,7 +69,9 @@ def visit_features(examples: datasets.Dataset, processor: MedMPLMProcessor) -> s
     sizes = {f"{name}_ids": (len(tokenizer), _SPECIAL) for name, tokenizer in processor.code_tokenizers.items()}
     if processor.note_tokenizer is not None:
         sizes["note_input_ids"] = (len(processor.note_tokenizer), 0)
-    parts = [_codes(examples, name, *size)[0] for name, size in sizes.items() if name in examples.column_names]
+    parts = [
+        codes_of_visits(examples, name, *size)[0] for name, size in sizes.items() if name in examples.column_names
+    ]
     return sparse.csr_array(sparse.hstack(parts, format="csr"))
 
 
@@ -100,7 +102,7 @@ def admission_rivals(
         subjects, visits = np.asarray(part["subject_id"]), np.array([row[-1] for row in part["visit_ids"]])
         age, sex = demographics(data, subjects, visits)
         coded = pa.array([{"F": 1, "M": 2}.get(value or "", 0) for value in sex])
-        table = _as_examples(features).append_column("labels", pa.array(labels))
+        table = as_examples(features).append_column("labels", pa.array(labels))
         tables.append(table.append_column("age", pa.array(age)).append_column("sex", coded))
     size = features.shape[1]
     return {name: baselines.BASELINES[name](*tables, vocab_size=size, seed=seed) for name in ADMISSION_RIVALS}

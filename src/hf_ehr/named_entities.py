@@ -71,7 +71,7 @@ def entity_scores(true: Sequence[Iterable[Entity]], predicted: Sequence[Iterable
         ValueError: As :meth:`EntityCounts.of`.
     """
     counts = EntityCounts.of(true, predicted)
-    figures = _figures(counts, np.ones((1, len(counts.hits))))
+    figures = weighted_figures(counts, np.ones((1, len(counts.hits))))
     found = {name: float(values[0]) for name, values in figures.items()}
     return found | {"entities": float(counts.present.sum())}
 
@@ -106,7 +106,7 @@ def entity_intervals(
         raise ValueError(f"`clusters` must name one a document ({len(true)}), got {len(members)}.")
     drawn = (weight for weight, _ in resamples(members, 1, n_resamples, seed))
     weights = np.stack([np.ones(len(true)), *drawn])
-    found = [_figures(counts, weights) for counts in models]
+    found = [weighted_figures(counts, weights) for counts in models]
     intervals = {}
     for name in found[0]:
         if all(name in figures for figures in found):
@@ -115,7 +115,7 @@ def entity_intervals(
     return intervals
 
 
-def _figures(counts: EntityCounts, weights: Array) -> dict[str, Array]:
+def weighted_figures(counts: EntityCounts, weights: Array) -> dict[str, Array]:
     """Name → (resamples,), documents counting as often as ``weights`` (resamples, documents) say."""
     hits, predicted, present = (weights @ part for part in counts[1:])
     found = _three(hits.sum(axis=1), predicted.sum(axis=1), present.sum(axis=1), "")

@@ -115,7 +115,7 @@ def recommendation_intervals(
     models = [(p, threshold)]
     if rival is not None:
         models.append((rival, threshold if rival_threshold is None else rival_threshold))
-    found = [_weighted(y, scores, limit, previous, ddi, metrics, weights) for scores, limit in models]
+    found = [weighted_metrics(y, scores, limit, previous, ddi, metrics, weights) for scores, limit in models]
     intervals = {}
     for name, values in found[0].items():
         figure = values if rival is None else values - found[1][name]
@@ -242,7 +242,7 @@ def _new_drugs(truth: Array, proposed: Array, previous: ArrayLike) -> _Parts:
     return {"new_drug_jaccard": (_or_one(hits, either) * asked, asked), "new_drug_jaccard_micro": (hits, either)}
 
 
-def _weighted(
+def weighted_metrics(
     y: ArrayLike,
     p: ArrayLike,
     threshold: ArrayLike,

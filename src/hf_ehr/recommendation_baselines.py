@@ -74,9 +74,9 @@ class AskedVisits:
             ValueError: An id lies outside of its vocabulary, or the columns have other visits.
         """
         special = num_special_tokens
-        diagnoses, visits = _codes(examples, "diagnosis_ids", diagnosis_vocab_size, special)
-        drugs, *others = _codes(examples, "medication_ids", medication_vocab_size, special)
-        targets, labelled = _codes(examples, "label_ids", medication_vocab_size - special, 0)
+        diagnoses, visits = codes_of_visits(examples, "diagnosis_ids", diagnosis_vocab_size, special)
+        drugs, *others = codes_of_visits(examples, "medication_ids", medication_vocab_size, special)
+        targets, labelled = codes_of_visits(examples, "label_ids", medication_vocab_size - special, 0)
         flags = _one_chunk(_column(examples, "asked"))
         others += [labelled, flags.value_lengths().to_numpy()]
         if not all(np.array_equal(visits, same) for same in others):
@@ -97,8 +97,18 @@ class AskedVisits:
         )
 
 
-def _codes(examples: Examples, name: str, size: int, special: int) -> tuple[sparse.csr_array, Array]:
-    """Codes of all visits, 0/1 (visits, codes), and the number of visits of each row, (rows,)."""
+def codes_of_visits(examples: Examples, name: str, size: int, special: int) -> tuple[sparse.csr_array, Array]:
+    """Codes of all visits, 0/1 (visits, codes), and the number of visits of each row, (rows,).
+
+    Args:
+        examples: Rows with lists of ids for each visit.
+        name: Their column.
+        size: Ids of the vocabulary.
+        special: First ids, which are no codes and not read.
+
+    Raises:
+        ValueError: An id lies outside of the vocabulary.
+    """
     lists = _one_chunk(_column(examples, name))
     sets = lists.flatten()
     ids, offsets = sets.flatten().to_numpy(), np.concatenate([[0], np.cumsum(sets.value_lengths().to_numpy())])
@@ -193,7 +203,7 @@ def lightgbm(
         ValueError: There is no training visit.
     """
     splits = (train, validation, test)
-    rows = [_as_examples(split.features) for split in splits]
+    rows = [as_examples(split.features) for split in splits]
     share = _shares(train)
     scores = [np.tile(share, (split.drugs.shape[0], 1)) for split in splits[1:]]
     count = [np.asarray(split.drugs.sum(axis=0)).ravel() for split in splits[:2]]
@@ -221,7 +231,7 @@ def _check(train: AskedVisits) -> None:
         raise ValueError("`train` must hold a visit that is asked about, got none. Patients need two visits.")
 
 
-def _as_examples(features: sparse.csr_array) -> pa.Table:
+def as_examples(features: sparse.csr_array) -> pa.Table:
     """Rows of features as EXAMPLES of :mod:`hf_ehr.baselines`."""
     lists = pa.ListArray.from_arrays(pa.array(features.indptr, pa.int32()), pa.array(features.indices, pa.int32()))
     return pa.table({"input_ids": lists})

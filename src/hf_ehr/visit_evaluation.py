@@ -39,6 +39,7 @@ from .training.visits import (
     finetune_visits,
     labelled_visits,
     predict_visits,
+    without_answers,
 )
 from .visualization import calibration_plot
 
@@ -169,10 +170,12 @@ def evaluate(arguments: VisitEvaluateArguments) -> Path:
             "are evaluated on the test split of their own data."
         )
     training.check_earlier_stage(made.folder, manifest)
-    return (_admissions if made.options.setting == "admission" else _sets)(made, splits, output, arguments.ddi)
+    if made.options.setting == "admission":
+        return _admissions(made, splits, output)
+    return _sets(made, splits, output, arguments.ddi)
 
 
-def _admissions(made: _Made, splits: dict[str, np.ndarray], output: Path, ddi: str | None) -> Path:
+def _admissions(made: _Made, splits: dict[str, np.ndarray], output: Path) -> Path:
     """Tables and card of a yes-or-no task."""
     task = training.task_name(made.options.task)
     model, processor, parts = _opened(made, splits, ["no", task])
@@ -275,16 +278,6 @@ def _scored(
     }
 
 
-def without_answers(examples: datasets.Dataset) -> datasets.Dataset:
-    """The same visits with no answer in them."""
-    if "labels" in examples.column_names:
-        nothing: Any = [0] * len(examples)
-        return examples.remove_columns("labels").add_column("labels", nothing)
-    nothing = [[[] for _ in asked] for asked in examples["asked"]]
-    kept = examples.remove_columns("label_ids")
-    return kept.add_column("label_ids", nothing, feature=examples.features["label_ids"])
-
-
 def _notes(made: _Made, train_size: int) -> list[str]:
     source = DatasetInfo.load(made.data.data).source
     notes = [f"Task `{made.options.task}`, {train_size:,} training visits of {source}."]
@@ -321,4 +314,4 @@ def _write_card(made: _Made, task: str, table: Path, notes: list[str], figures: 
     )  # fmt: skip
 
 
-__all__ = ["VisitEvaluateArguments", "evaluate", "without_answers"]
+__all__ = ["VisitEvaluateArguments", "evaluate"]

@@ -69,6 +69,18 @@ def asked_visits(examples: datasets.Dataset, num_labels: int, num_special_tokens
     return AskedVisits(np.array([one[0] for one in found]), np.array([one[1] for one in found]), truth, previous)
 
 
+def without_answers(examples: datasets.Dataset) -> datasets.Dataset:
+    """The same rows, every answer 0 or none: which visits are asked about is still known."""
+    empty = {
+        "labels": lambda values: [0] * len(values),
+        "label_ids": lambda values: [[[] for _ in visits] for visits in values],
+    }
+    for name in set(empty) & set(examples.column_names):
+        kind, values = examples.features[name], empty[name](examples[name][:])
+        examples = examples.remove_columns(name).add_column(name, values, feature=kind)
+    return examples
+
+
 class NoteAloneCollator(VisitCollator):
     """The notes of :class:`VisitCollator` under the names of models that read one text a row, as the CNN does."""
 

@@ -67,7 +67,7 @@ def new_visit_model(options: VisitPretrainArguments, processor: MedMPLMProcessor
     codes = GBertConfig.from_vocabularies(*tokens, **(sizes | fields.pop("code_config", {})))
     preset: Any = {"base": MedMPLMConfig, "paper": MedMPLMConfig.paper, "tiny": MedMPLMConfig.tiny}[options.preset]
     if options.note_encoder is None:
-        fields = {"note_config": _new_text(preset, options, processor, fields.pop("note_config", {}))} | fields
+        fields = {"note_config": _new_text(preset, processor, fields.pop("note_config", {}))} | fields
         if processor.note_tokenizer is None:
             fields["freeze_note_layers"] = None
         return MedMPLMForPreTraining(preset(code_config=codes, **fields))
@@ -84,7 +84,7 @@ def new_visit_model(options: VisitPretrainArguments, processor: MedMPLMProcessor
     return model
 
 
-def _new_text(preset: Any, options: VisitPretrainArguments, processor: MedMPLMProcessor, given: dict) -> dict:
+def _new_text(preset: Any, processor: MedMPLMProcessor, given: dict) -> dict:
     """Configuration of a new text encoder: that of the preset, in the words of the processor."""
     words = processor.note_tokenizer
     if words is None:  # nothing reads notes: the smallest that the model can have

@@ -42,6 +42,7 @@ from hf_ehr.training._visit_fitting import (
     maskings,
     predict_visits,
     store_visit_thresholds,
+    without_answers,
 )
 from hf_ehr.training._visit_models import (
     ARCHITECTURES,
@@ -123,7 +124,7 @@ class VisitPretrainArguments:
     def __post_init__(self) -> None:
         known = {
             "architecture": (self.architecture, ARCHITECTURES),
-            "preset": (self.preset, ("base", "paper", "tiny")),
+            "preset": (self.preset, PRESETS),
         }
         for name, (value, choices) in known.items():
             if value not in choices:
@@ -343,5 +344,5 @@ __all__ = [
     "VisitPretrainArguments", "VisitTask", "architecture_of", "asked_visits", "finetune_visits", "fit_and_save",
     "fit_visits", "held_out_visits", "label_names",
     "labelled_visits", "new_visit_classifier", "new_visit_model", "predict_visits", "pretrain_visits",
-    "take_code_encoder", "visit_labels", "visit_processor",
+    "take_code_encoder", "visit_labels", "visit_processor", "without_answers",
 ]  # fmt: skip

@@ -24,7 +24,7 @@ from hf_ehr.experiments.visits.scores import Asked, entity_arrays, primary_of
 from hf_ehr.experiments.visits.spec import ADMISSION, ENTITIES, VisitData, VisitRow, VisitSpec, setting_of
 from hf_ehr.schema import atomic_path
 from hf_ehr.tasks.audit import OneShotTest
-from hf_ehr.training.visits import asked_visits, predict_visits
+from hf_ehr.training.visits import asked_visits, predict_visits, without_answers
 
 if TYPE_CHECKING:
     import datasets
@@ -84,7 +84,7 @@ class VisitBench:
         Those of ``test`` carry no labels: what they are, only :meth:`asked` says.
         """
         found = self._all_examples(cell, split)
-        return blinded(found) if split == "test" else found
+        return without_answers(found) if split == "test" else found
 
     def asked(self, cell: VisitCell, split: str) -> Asked:
         """What is true of validation or test."""
@@ -180,15 +180,3 @@ class VisitBench:
         else:
             found = dictionary(self.cohort(cell.data), parts["train"], parts["test"])
         return entity_arrays(found)
-
-
-def blinded(examples: datasets.Dataset) -> datasets.Dataset:
-    """The same rows, every answer 0: which visits are asked about is still known."""
-    empty = {
-        "labels": lambda values: [0] * len(values),
-        "label_ids": lambda values: [[[] for _ in visits] for visits in values],
-    }
-    for name in set(empty) & set(examples.column_names):
-        kind, values = examples.features[name], empty[name](examples[name][:])
-        examples = examples.remove_columns(name).add_column(name, values, feature=kind)
-    return examples

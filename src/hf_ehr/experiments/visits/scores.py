@@ -15,8 +15,8 @@ from hf_ehr.intervals import ResampledDraws, resamples
 from hf_ehr.metrics import auroc, average_precision, best_f1_threshold
 from hf_ehr.multilabel_intervals import figures_of
 from hf_ehr.multilabel_predictions import MultilabelPredictions
-from hf_ehr.named_entities import EntityCounts, _figures
-from hf_ehr.recommendation import _weighted
+from hf_ehr.named_entities import EntityCounts, weighted_figures
+from hf_ehr.recommendation import weighted_metrics
 
 SHOWN: dict[str, dict[str, str]] = {
     RECOMMENDATION: {
@@ -86,12 +86,12 @@ def figures(setting: str, asked: Asked, said: Said, weights: np.ndarray, slow: b
         Name → (resamples,); with ``slow`` the names of :data:`SHOWN` and further ones.
     """
     if setting == ENTITIES:
-        return _figures(EntityCounts.of(asked.truth, said.values), weights)
+        return weighted_figures(EntityCounts.of(asked.truth, said.values), weights)
     p, threshold = np.asarray(said.values, float), 0.5 if said.threshold is None else said.threshold
     if setting == ADMISSION:
         return _yes_or_no(asked.truth, p, threshold, weights)
     if setting == RECOMMENDATION:
-        found = _weighted(asked.truth, p, threshold, asked.previous, None, None, weights)
+        found = weighted_metrics(asked.truth, p, threshold, asked.previous, None, None, weights)
     else:
         predictions = MultilabelPredictions.of(p, asked.truth)
         found = figures_of(predictions, threshold, weights, metrics=("map", "f1_micro"))
