@@ -162,7 +162,10 @@ def test_broken_events_lost_shards_and_bad_labels_are_all_named_at_once(copy, ca
     (copy / "labels").mkdir(exist_ok=True)
     label = {"subject_id": 10**9, "prediction_time": day(0)}
     pl.DataFrame([label | {"boolean_value": None}]).write_parquet(copy / "labels" / "empty.parquet")
-    pl.DataFrame([label | {"boolean_value": True}]).write_parquet(copy / "labels" / "other.parquet")
+    lost = pq.read_table(events[1])["subject_id"][0].as_py()  # its events are there, its record is not
+    pl.DataFrame([label | {"subject_id": lost, "boolean_value": True}]).write_parquet(
+        copy / "labels" / "other.parquet"
+    )
     (copy / "labels" / "torn.parquet").write_bytes(b"PAR1")
     found = validate(copy)
     problems = "\n".join(found.problems)

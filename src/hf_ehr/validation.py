@@ -103,7 +103,8 @@ def _prepared(path: Path) -> Validation:
                 ids = _collected(check(table), f"{arrow}/{shard.name}", found)
                 _check_shard(ids, shard, info.shards, found)
                 found.count(arrow if arrow == "events" else "patients", table.num_rows)
-                subjects = ids if arrow == "records" and not len(subjects) else np.append(subjects, ids)
+                if arrow == "records":
+                    subjects = np.append(subjects, ids)
     for file in sorted((path / "labels").glob("*.parquet")):
         _check_labels(file, np.unique(subjects), found)
     return found

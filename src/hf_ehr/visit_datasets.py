@@ -105,7 +105,7 @@ def _setting(labels: pa.Table | None, setting: str | None, names: Sequence[str] 
         codes = "codes" in labels.column_names and labels["codes"].null_count < labels.num_rows
         chosen = setting or ("recommendation" if codes else "admission")
     if (chosen == "visits") != (labels is None):
-        raise ValueError(f"`labels` must {'be None' if labels else 'be given'} with the setting {chosen!r}.")
+        raise ValueError(f"`labels` must {'be given' if labels is None else 'be None'} with the setting {chosen!r}.")
     if (chosen == "coding") != (names is not None):
         raise ValueError("`label_names` must be given with the setting 'coding', and with no other.")
     return chosen
