@@ -100,6 +100,7 @@ FLOORS = (
         "_publish_inputs",
         "cards",
         "explanations",
+        "risk_explanations",
         "evidence_report",
         "pipelines",
         "integrated_gradients",

@@ -245,6 +245,58 @@ def subgroup_plot(groups: Sequence[Subgroup], path: str | Path, *, title: str = 
         figure.tight_layout()
 
 
+def contribution_plot(
+    contributions: Mapping[str, float],
+    path: str | Path,
+    *,
+    course: Sequence[float] = (),
+    threshold: float | None = None,
+    title: str = "",
+) -> None:
+    """Draws what raises and what lowers a risk as bars, and beside them the risk after each visit.
+
+    Args:
+        contributions: Part → change of the log-odds, the greatest above.
+        path: The PNG to write.
+        course: Probability after each visit; empty for none.
+        threshold: From which on the model says yes: a dashed line.
+        title: Above the figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: There is nothing to draw.
+    """
+    if not contributions:
+        raise ValueError("`contributions` must hold at least one part, got none. A patient needs two codes at least.")
+    up, down = COLORS[1], COLORS[0]
+    height = 1.3 + 0.3 * max(len(contributions), 6)
+    with _figure(path, (8.5 if len(course) < 2 else 12.0, height)) as figure:
+        panels = figure.subplots(1, 1 if len(course) < 2 else 2, width_ratios=None if len(course) < 2 else (3, 2))
+        axes, *rest = np.atleast_1d(panels)
+        changes = list(contributions.values())
+        axes.barh(range(len(changes)), changes, color=[up if change > 0 else down for change in changes], height=0.7)
+        axes.axvline(0, color="0.3", linewidth=1)
+        axes.set_yticks(range(len(changes)), [_shortened(name) for name in contributions])
+        axes.set_ylim(len(changes) - 0.4, -0.6)
+        axes.margins(x=0.08)
+        axes.set_xlabel("Change of the log-odds: left lowers, right raises the risk")
+        _decorate(axes)
+        for beside in rest:
+            beside.plot(range(1, len(course) + 1), course, color=COLORS[6], marker="o", markersize=5)
+            if threshold is not None:
+                beside.axhline(threshold, color="0.5", linestyle="--", linewidth=1)
+                beside.annotate("threshold", (1, threshold), xytext=(0, 3), textcoords="offset points", color="0.4")
+            beside.set(xlabel="After visit", ylabel="Probability", ylim=(0, 1))
+            beside.xaxis.get_major_locator().set_params(integer=True)
+            _decorate(beside)
+        figure.suptitle(title)
+        figure.tight_layout()
+
+
+def _shortened(name: str, most: int = 48) -> str:
+    return name if len(name) <= most else name[: most - 1] + "…"
+
+
 def reliability(y: ArrayLike, p: ArrayLike, bins: int) -> tuple[Array, Array, Array]:
     """Mean prediction, positives and rows of each equal-mass bin that is not empty, ``(bins used,)`` each."""
     labels, scores, weight = check_scores(y, p, None, probability=True)

@@ -14,7 +14,7 @@ from hf_ehr import quickstart as quickstart_run
 from hf_ehr import transfer as transfer_run
 from hf_ehr.cli import note_commands, stay_commands, visit_commands
 from hf_ehr.cli._arguments import model_of, parse, positional
-from hf_ehr.cli.figure_commands import attention, embedding_map
+from hf_ehr.cli.figure_commands import attention, embedding_map, explain
 from hf_ehr.cli.note_commands import (
     check_notes,
     evaluate_coder,
@@ -210,7 +210,7 @@ def leave_ranks() -> None:
 
 __all__ = [
     "attention", "check_notes", "convert", "doctor", "embedding_map", "evaluate", "evaluate_coder",
-    "evaluate_evidence", "finetune", "fit_hourly", "fit_text_tokenizer", "fit_tokenizer", "highlight",
+    "evaluate_evidence", "explain", "finetune", "fit_hourly", "fit_text_tokenizer", "fit_tokenizer", "highlight",
     "leave_ranks", "map_drugs", "prepare", "prepare_notes", "pretrain", "publish", "quickstart", "report",
     "transfer", "validate",
 ]  # fmt: skip

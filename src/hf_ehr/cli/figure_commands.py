@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import pyarrow.parquet as pq
-from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer, pipeline
 
 import hf_ehr
-from hf_ehr.attention_maps import attention_map, attention_of
+from hf_ehr.attention_maps import attention_map, attention_of, bare_code
 from hf_ehr.attention_page import attention_page
 from hf_ehr.cli._arguments import parse
 from hf_ehr.cross_attention_maps import cross_attention_map, cross_attention_of
 from hf_ehr.cross_attention_page import cross_attention_page
 from hf_ehr.embedding_map import code_vectors, embedding_figure, embedding_table, write_embedding_table
+from hf_ehr.models.pipeline_patient_tasks import RiskPredictionPipeline
+from hf_ehr.risk_explanations import Contribution, explain_risk, patient_from, write_contributions
 from hf_ehr.schema import EhrDataError, shard_paths
+from hf_ehr.visualization import contribution_plot
 
 CROSS_MODAL = "ehr_medmplm"
 OF_VISITS = (CROSS_MODAL, "ehr_gbert")
 """Model types that read diagnoses and medications through a processor."""
-
-
+LEAST_CHANGE = 1e-5
+"""Of the log-odds; less is rounding."""
 METHOD_NAMES = {"pca": "PCA", "tsne": "t-SNE"}
 
 
@@ -51,6 +55,26 @@ class EmbeddingMapArguments:
     output: str = field(metadata={"help": "Folder for embedding_map.csv and embedding_map.png."})
     method: str = field(default="pca", metadata={"help": "`pca`, or `tsne`."})
     seed: int = field(default=0, metadata={"help": "Seed of `tsne`."})
+
+
+@dataclass
+class ExplainArguments:
+    """Arguments of `hf-ehr explain`."""
+
+    model: str = field(metadata={"help": "Folder or Hub id of a classifier with what reads its patients."})
+    output: str = field(metadata={"help": "Folder for a figure and a table: patient data, keep it so."})
+    patient: str | None = field(
+        default=None, metadata={"help": 'JSON file of one patient, as the pipelines take it: {"visits": [...]}.'}
+    )
+    data: str | None = field(
+        default=None, metadata={"help": "Prepared folder, in place of `patient`, for models of histories of codes."}
+    )
+    row: int = field(default=0, metadata={"help": "With `data`: which patient, row of the records from 0."})
+    visits: int | None = field(
+        default=None, metadata={"help": "Only the first of the patient's visits: what was known after them."}
+    )
+    label: str | None = field(default=None, metadata={"help": "Which outcome, of models of several."})
+    top_k: int = field(default=15, metadata={"help": "Parts in the figure; the CSV holds all."})
 
 
 def attention(words: list[str]) -> None:
@@ -89,6 +113,68 @@ def embedding_map(words: list[str]) -> None:
     embedding_figure(table, output / "embedding_map.png", title=title)
     counts = ", ".join(f"{len(codes):,} of {kind}" for kind, (codes, _) in vectors.items())
     print(f"Codes: {counts}. Written: {output / 'embedding_map.csv'}, {output / 'embedding_map.png'}.")
+
+
+def explain(words: list[str]) -> None:
+    """``hf-ehr explain --model DIR --patient FILE --output DIR``."""
+    example = "hf-ehr explain --model classifier/ --data data/ --row 3 --output explanation/"
+    (arguments,) = parse("explain", example, words, ExplainArguments)
+    if arguments.top_k < 1:
+        raise ValueError(f"`top_k` must be at least 1, got {arguments.top_k}.")
+    architecture = (AutoConfig.from_pretrained(arguments.model).architectures or [""])[0]
+    if architecture.endswith("ForICDCoding"):
+        raise ValueError(f"`model` must be a classifier of patients, got {architecture}. Use: hf-ehr highlight")
+    # Named by class: by task name alone the library asks to trust the copy of it in a published folder.
+    predictor = pipeline("risk-prediction", model=arguments.model, pipeline_class=RiskPredictionPipeline)
+    found = explain_risk(predictor, _patient(arguments, predictor), label=arguments.label)
+    output = Path(arguments.output)
+    write_contributions(found, output / "contributions.csv")
+    moving = [one for one in found.contributions if abs(one.log_odds) >= LEAST_CHANGE]
+    shown = {_title(one): one.log_odds for one in moving[: arguments.top_k]}
+    decision = "" if found.threshold is None else f", threshold {found.threshold:.1%}"
+    heading = f"{found.label}: {found.probability:.1%}{decision}"
+    print(heading)
+    for name, change in shown.items():
+        print(f"{change:+7.3f}  {name}")
+    if still := len(found.contributions) - len(moving):
+        print(
+            f"{still} of {len(found.contributions)} parts change nothing; most are codes that the model does not know."
+        )
+    if not shown:
+        raise EhrDataError(
+            "Nothing that can be left out changes the risk. Choose a patient whose codes the model knows."
+        )
+    contribution_plot(shown, output / "explanation.png", course=found.course, threshold=found.threshold, title=heading)
+    print("Change of the log-odds by what is left out: what the model rests on, not why the patient is ill.")
+    paths = f"{output / 'explanation.png'}, {output / 'contributions.csv'}"
+    print(f"Written: {paths}. Both show a patient: keep them as such.")
+
+
+def _patient(arguments: ExplainArguments, predictor: Any) -> dict:
+    """The patient of a file, or of a row of the records, up to the visit that is asked for."""
+    if (arguments.patient is None) == (arguments.data is None):
+        raise ValueError("`patient` or `data` must be given, and one of them alone. Name a JSON file or a folder.")
+    if arguments.patient is not None:
+        path = Path(arguments.patient)
+        try:
+            patient = patient_from(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+            raise EhrDataError(f"`patient` must be a JSON file of one patient, and {path} is none.") from None
+    elif not predictor.reads_histories or predictor.reads_visits:
+        raise ValueError("`data` must be left out for this model, which reads more than codes. Give a `patient` file.")
+    else:
+        patient = _record(str(arguments.data), arguments.row)
+    if arguments.visits is None:
+        return patient
+    known = patient.get("visits") or []
+    if not 1 <= arguments.visits <= len(known):
+        raise ValueError(f"`visits` must be 1 to {len(known)} of this patient, got {arguments.visits}.")
+    return patient | {"visits": known[: arguments.visits]}
+
+
+def _title(one: Contribution) -> str:
+    where = "" if one.visit is None else f"visit {one.visit}: "
+    return f"{where}{bare_code(one.name)}{'' if one.description is None else ' ' + one.description}"
 
 
 def _open(folder: str) -> Any:

@@ -25,6 +25,7 @@ COMMANDS = {
     "report": "YAML file of rows × tasks × sizes → table, figures and comparisons of a whole experiment",
     "transfer": "checkpoint + another tokenizer → checkpoint with that vocabulary",
     "attention": "checkpoint + one patient or visit → attention figure and HTML page",
+    "explain": "classifier + one patient → what its risk rests on: figure and table",
     "embedding-map": "checkpoint → its code embeddings in two dimensions by chapter, CSV and figure",
     "publish": "model folder → one that loads without this package, compared; pushed with --repo-id",
     "convert": "weights in the authors' layout → model folder, proved equal",

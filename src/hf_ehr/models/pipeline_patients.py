@@ -50,7 +50,7 @@ class PatientPipeline(_Base):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        if not (self._reads_visits or self._reads_stays or self._reads_histories):
+        if not (self.reads_visits or self.reads_stays or self.reads_histories):
             raise ValueError(
                 "`model` must come with what reads its patients (a tokenizer, processor or feature extractor of this "
                 "package), and none was found. Name the folder that holds both, or pass it beside the model."
@@ -95,15 +95,18 @@ class PatientPipeline(_Base):
             self.processor.save_pretrained(save_directory)
 
     @property
-    def _reads_visits(self) -> bool:
+    def reads_visits(self) -> bool:
+        """Whether a patient is read visit by visit: of one admission, or of all of them."""
         return hasattr(self.processor, "code_tokenizers")
 
     @property
-    def _reads_stays(self) -> bool:
-        return hasattr(self.feature_extractor, "num_hourly_features") and not self._reads_visits
+    def reads_stays(self) -> bool:
+        """Whether a patient is one intensive care stay."""
+        return hasattr(self.feature_extractor, "num_hourly_features") and not self.reads_visits
 
     @property
-    def _reads_histories(self) -> bool:
+    def reads_histories(self) -> bool:
+        """Whether a patient is a history of codes."""
         return hasattr(self.tokenizer, "encode_patients")
 
     def _answers(self, patients: Any, size: int, kwargs: dict[str, Any]) -> Iterator[Any]:
@@ -130,9 +133,9 @@ class PatientPipeline(_Base):
     def preprocess(self, input_: Sequence[Any], **_: Any) -> dict[str, Any]:
         """Patients → a batch."""
         patients = [_patient(patient, place) for place, patient in enumerate(input_)]
-        if self._reads_visits:
+        if self.reads_visits:
             return dict(self.visit_batch(patients))
-        return self._stays(patients) if self._reads_stays else self._histories(patients)
+        return self._stays(patients) if self.reads_stays else self._histories(patients)
 
     def visit_batch(self, patients: list[dict[str, Any]]) -> Mapping[str, Any]:
         """The last visit of each patient, for models of one admission."""
