@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -82,3 +83,16 @@ def test_the_fsdp_configuration_shards_by_layers_that_the_models_have():
     model = hf_ehr.MedBertForPreTraining(hf_ehr.MedBertConfig.tiny(vocab_size=20))
     found = [module for module in model.modules() if type(module).__name__ in layers]
     assert len(found) == model.config.num_hidden_layers
+
+
+@pytest.mark.slow
+def test_a_model_sharded_as_the_file_says_learns_as_the_whole_one(tmp_path):
+    script = Path(__file__).parent / "scripts" / "fully_sharded.py"
+    command = [sys.executable, *TORCHRUN, script, EXAMPLES / "fsdp.yaml", tmp_path]
+    subprocess.run(command, capture_output=True, timeout=300, check=True)
+    ranks = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
+    assert len(ranks) == 2
+    for rank in ranks:
+        assert rank["sharded"] == pytest.approx(rank["whole"], rel=1e-5)
+        assert rank["whole"][2] < rank["whole"][0]
+    assert sum(rank["held"] for rank in ranks) == ranks[0]["all"]

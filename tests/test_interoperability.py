@@ -6,6 +6,7 @@ A tool of the `dev` extra that is missing fails its test: the installation is th
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import venv
@@ -372,9 +373,9 @@ def test_the_wheel_installs_into_an_empty_environment_and_works_there(tmp_path):
     source = tmp_path / "source"
     names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, names.split("\0")):
-        if not name.startswith("tests/") and (ROOT / name).is_file():
+        if not name.startswith("tests/") and (ROOT / name).exists():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((ROOT / name).read_bytes())
+            shutil.copy(ROOT / name, source / name, follow_symlinks=False)
     pip = ["-m", "pip", "--disable-pip-version-check"]
     build = [sys.executable, *pip, "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, source]
     done = subprocess.run(build, capture_output=True, text=True, timeout=300)
@@ -385,6 +386,7 @@ def test_the_wheel_installs_into_an_empty_environment_and_works_there(tmp_path):
     tracked = {name.removeprefix("src/") for name in names.split("\0") if name.startswith("src/")}
     assert (modules & tracked) - set(inside) == set()
     assert {name for name in tracked if name.endswith((".yaml", ".html", "py.typed"))} - set(inside) == set()
+    assert {f"hf_ehr/model_cards/{path.name}" for path in (ROOT / "model_cards").glob("*.md")} - set(inside) == set()
     assert not [name for name in inside if name.startswith("tests/")]
 
     venv.create(tmp_path / "empty", with_pip=True)
