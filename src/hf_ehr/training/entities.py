@@ -15,7 +15,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from transformers import AutoTokenizer, PreTrainedConfig, Trainer, TrainingArguments
+from transformers import AutoTokenizer, EarlyStoppingCallback, PreTrainedConfig, Trainer, TrainingArguments
 
 from hf_ehr._encoders import table_positions
 from hf_ehr.datasets import split_patients
@@ -42,12 +42,11 @@ from hf_ehr.tasks.audit import SplitManifest
 from hf_ehr.training._runs import (
     SPLITS_FILE,
     Run,
-    json_options,
-    last_checkpoint,
+    config_options,
     output_of,
-    quiet,
     run_arguments,
     salted_manifest,
+    train_from_last_checkpoint,
 )
 from hf_ehr.training.finetuning import FINETUNE_FILE, FINETUNE_SETTINGS, check_earlier_stage
 
@@ -224,7 +223,7 @@ def new_tagger(
     fields: dict[str, Any] = {"id2label": dict(enumerate(tags)), "label2id": {tag: n for n, tag in enumerate(tags)}}
     if options.preset == "tiny":
         fields |= {"embedding_size": 32, "hidden_size": 32, "hidden_dropout_prob": 0.1}
-    fields |= json_options(options.model_options, "model_options")
+    fields |= config_options(options.model_options, EhrTaggerConfig)
     if options.encoder is None:
         sizes = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
         return EhrTaggerForTokenClassification(EhrTaggerConfig(**(sizes | fields)))
@@ -251,9 +250,19 @@ def tagged_notes(
 
 
 def fit_tagger(
-    model: Any, train: datasets.Dataset, validation: datasets.Dataset, tokenizer: Any, training: TrainingArguments
-) -> None:
-    """Trains a tagger in place and keeps the epoch with the best strict F1 on validation notes."""
+    model: Any, train: datasets.Dataset, validation: datasets.Dataset, tokenizer: Any, training: TrainingArguments,
+    patience: int | None = None,
+) -> None:  # fmt: skip
+    """Trains a tagger in place and keeps the epoch with the best strict F1 on validation notes.
+
+    Args:
+        model: The tagger.
+        train: Examples.
+        validation: Examples, to choose the epoch.
+        tokenizer: Theirs.
+        training: Settings.
+        patience: Epochs without a better F1 after which to stop; never if ``None``.
+    """
     names = model.config.id2label
     trainer = Trainer(
         model,
@@ -265,8 +274,9 @@ def fit_tagger(
         train_dataset=train,
         eval_dataset=validation,
         compute_metrics=lambda prediction: {"f1": _window_f1(prediction.label_ids, prediction.predictions, names)},
+        callbacks=[] if patience is None else [EarlyStoppingCallback(patience)],
     )  # fmt: skip
-    quiet(trainer).train(resume_from_checkpoint=last_checkpoint(training))
+    train_from_last_checkpoint(trainer)
 
 
 def _window_f1(labels: Any, tags: Any, names: dict[int, str]) -> float:

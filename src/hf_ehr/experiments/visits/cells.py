@@ -19,11 +19,12 @@ from hf_ehr.experiments.spec import digest
 from hf_ehr.experiments.visits.classical import classical, dictionary
 from hf_ehr.experiments.visits.corpora import true_entities
 from hf_ehr.experiments.visits.materials import VisitCohort
-from hf_ehr.experiments.visits.models import fit, found_entities, new_model, read_columns
+from hf_ehr.experiments.visits.models import fit, new_model, read_columns
 from hf_ehr.experiments.visits.scores import Asked, entity_arrays, primary_of
 from hf_ehr.experiments.visits.spec import ADMISSION, ENTITIES, VisitData, VisitRow, VisitSpec, setting_of
 from hf_ehr.schema import atomic_path
 from hf_ehr.tasks.audit import OneShotTest
+from hf_ehr.training.entities import tag_notes
 from hf_ehr.training.visits import asked_visits, predict_visits, without_answers
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ class VisitBench:
 
     def _said(self, model: Any, cell: VisitCell, examples: datasets.Dataset) -> Any:
         if setting_of(cell.task) == ENTITIES:
-            return found_entities(model, examples, self.cohort(cell.data).words())
+            return tag_notes(model, examples, self.cohort(cell.data).words())
         return predict_visits(model, read_columns(examples, cell.row))
 
     def _probabilities(self, cell: VisitCell, parts: dict[str, Any]) -> dict[str, Any]:

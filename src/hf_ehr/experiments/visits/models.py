@@ -6,18 +6,16 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+from transformers import TrainingArguments
 
-from hf_ehr.entity_datasets import EntityCollator, predicted_entities
-from hf_ehr.entity_tags import Entity
 from hf_ehr.experiments.visits.materials import VisitCohort
 from hf_ehr.experiments.visits.spec import CNN, GBERT, MEDMPLM, RECOMMENDATION, TAGGER, VisitRow, setting_of
 from hf_ehr.models.configuration_ehrtagger import EhrTaggerConfig
 from hf_ehr.models.modeling_ehrtagger import EhrTaggerForTokenClassification
 from hf_ehr.models.modeling_medmplm import MedMPLMModel
 from hf_ehr.training import check_earlier_stage
-from hf_ehr.training._runs import quiet, run_arguments
 from hf_ehr.training._visit_models import new_visit_baseline
+from hf_ehr.training.entities import fit_tagger
 from hf_ehr.training.visit_baselines import VisitBaselineArguments
 from hf_ehr.training.visits import VisitFinetuneArguments, fit_visits, new_visit_classifier
 
@@ -70,14 +68,9 @@ def fit(
 ) -> None:  # fmt: skip
     """Trains in place and keeps the epoch that is best on validation."""
     if row.model == TAGGER:
-        _fit_tagger(model, train, validation, tokenizer, training, patience)
+        fit_tagger(model, train, validation, tokenizer, training, patience)
     else:
         fit_visits(model, train, validation, training, row.linear_probe and row.model != CNN, patience)
-
-
-def found_entities(model: Any, examples: datasets.Dataset, tokenizer: Any) -> list[list[Entity]]:
-    """The entities that a tagger finds in each note."""
-    return predicted_entities(model, examples, EntityCollator(tokenizer))
 
 
 def _tagger(cohort: VisitCohort, row: VisitRow, tags: list[str], checkpoint: str | None, draw: int) -> Any:
@@ -93,21 +86,3 @@ def _tagger(cohort: VisitCohort, row: VisitRow, tags: list[str], checkpoint: str
         loaded: Any = MedMPLMModel.from_pretrained(checkpoint)
         encoder = loaded.note_encoder
     return EhrTaggerForTokenClassification.from_note_encoder(encoder, **fields)
-
-
-def _fit_tagger(
-    model: Any, train: datasets.Dataset, validation: datasets.Dataset, tokenizer: Any, training: TrainingArguments,
-    patience: int | None,
-) -> None:  # fmt: skip
-    """Keeps the epoch under which the tags of validation notes are most likely."""
-    trainer = Trainer(
-        model,
-        run_arguments(
-            training, eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end=True, save_total_limit=1,
-            metric_for_best_model="loss", greater_is_better=False, remove_unused_columns=False,
-            prediction_loss_only=True,
-        ),
-        EntityCollator(tokenizer), train_dataset=train, eval_dataset=validation,
-        callbacks=[] if patience is None else [EarlyStoppingCallback(patience)],
-    )  # fmt: skip
-    quiet(trainer).train()
