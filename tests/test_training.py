@@ -244,8 +244,8 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
     (tmp_path / "checkpoint-11").mkdir()
-    assert last_checkpoint(arguments(tmp_path)) == str(tmp_path / "checkpoint-9")
-    assert last_checkpoint(arguments(tmp_path / "nothing")) is None
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-9")
+    assert last_checkpoint(tmp_path / "nothing") is None
 
 
 def test_checkpoints_of_which_nobody_knows_what_they_are_are_not_resumed(data, pretrained, tmp_path):

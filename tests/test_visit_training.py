@@ -318,6 +318,23 @@ def test_options_without_a_meaning_are_refused(data, pretrained, tmp_path, chang
         finetune_visits(data, replace(options, **change), settings(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"architecture": "gbert", "model_options": '{"code_config": {}}'},
+            r"fields of GBertConfig, got \['code_config'\]",
+        ),
+        ({"model_options": '{"code_config": {"hidden_seize": 8}}'}, r"`code_config` must be fields of GBertConfig"),
+        ({"model_options": '{"note_poling": "mean"}'}, r"fields of MedMPLMConfig, got \['note_poling'\]"),
+        ({"model_options": "[]"}, "`model_options` must be a JSON object"),
+    ],
+)
+def test_a_field_that_no_configuration_has_is_refused(data, tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        pretrain_visits(data, replace(OPTIONS, **change), settings(tmp_path))
+
+
 def test_gbert_is_pretrained_without_notes(data, tmp_path):
     figures = pretrain_visits(data, replace(OPTIONS, architecture="gbert"), settings(tmp_path, num_train_epochs=1))
     assert "diagnosis_from_medication" in figures

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -113,6 +114,51 @@ def prepare(
     info.save(output)
     shutil.rmtree(staging)
     return info
+
+
+def plan(
+    source: SourceName | Callable[..., Source],
+    input_dir: str | Path | None,
+    output_dir: str | Path,
+    *,
+    engine: Literal["duckdb", "spark"] = "duckdb",
+    shards: int | None = None,
+    options: dict[str, Any] | None = None,
+) -> str:
+    """What :func:`prepare` would do with the same arguments: the input is opened and its columns are looked at.
+
+    Raises:
+        EhrDataError: The input breaks a contract that can be seen without reading it whole.
+        ValueError: The source is unknown, or an argument is out of its range.
+    """
+    from hf_ehr.sources.engine import Engine
+
+    output = Path(output_dir)
+    job = _plan(source, input_dir, output, engine, shards, options or {})
+    lines = [f"{job['source']}: {job['shards']} shard{'s' * (job['shards'] > 1)} in {output}"]
+    if job["generated"]:
+        lines.append(f"some {expected_events(job['source'], job['options']):,.0f} events")
+    else:
+        function = source_function(source) if isinstance(source, str) else source
+        beside = next(folder for folder in output.resolve().parents if folder.is_dir())
+        with tempfile.TemporaryDirectory(dir=beside, prefix=".dry-run-") as folder:
+            connection = Engine.connect(engine, temp_directory=Path(folder))
+            try:
+                found = function(connection, Path(job["input_dir"]), **job["options"])
+            finally:
+                connection.close()
+        files = _list_files(Path(job["input_dir"]), output)
+        size, events = sum(size for _, size, _ in files) / 2**20, _events_in(files)
+        plural = "s" * (len(files) > 1)
+        lines.append(f"{len(files):,} file{plural}, {size:,.1f} MiB, some {events:,.0f} events by their size")
+        lines += ["tables: " + ", ".join(extract.name for extract in found.extracts), *found.warnings]
+    there = _found_fingerprint(output)
+    if there == job["fingerprint"]:
+        whole = (output / "dataset.json").is_file()
+        lines.append("It is there already, whole." if whole else "It was begun, and would go on where it stopped.")
+    elif there is not None:
+        lines.append(f"{output} holds another preparation, and this one would be refused: choose another folder.")
+    return "\n".join(lines)
 
 
 def format_summary(info: DatasetInfo) -> str:
@@ -223,14 +269,7 @@ def _events_in(files: list[tuple[str, int, int]]) -> float:
 
 def _is_whole(output: Path, fingerprint: str, overwrite: bool) -> bool:
     """Whether ``output`` holds just this, finished. Makes it ready for the work if not."""
-    marker, plan = output / "dataset.json", output / STAGING / "plan.json"
-    found = None
-    if marker.is_file():
-        found = DatasetInfo.load(output).summary.get("fingerprint", "")
-    elif plan.is_file():
-        found = json.loads(plan.read_text())["fingerprint"]
-    elif any((output / name).exists() for name in OUTPUTS):
-        found = ""
+    marker, found = output / "dataset.json", _found_fingerprint(output)
     if found is not None and found != fingerprint:
         if not overwrite:
             raise EhrDataError(
@@ -244,8 +283,18 @@ def _is_whole(output: Path, fingerprint: str, overwrite: bool) -> bool:
     elif marker.is_file():
         shutil.rmtree(output / STAGING, ignore_errors=True)
         return True
-    write_json(plan, {"fingerprint": fingerprint})
+    write_json(output / STAGING / "plan.json", {"fingerprint": fingerprint})
     return False
+
+
+def _found_fingerprint(output: Path) -> str | None:
+    """Which preparation a folder holds, whole or begun; empty for none that is known, ``None`` for nothing."""
+    begun = output / STAGING / "plan.json"
+    if (output / "dataset.json").is_file():
+        return DatasetInfo.load(output).summary.get("fingerprint", "")
+    if begun.is_file():
+        return json.loads(begun.read_text())["fingerprint"]
+    return "" if any((output / name).exists() for name in OUTPUTS) else None
 
 
 # Stage 1: raw tables → staged events, and what lies beside the shards

@@ -287,6 +287,11 @@ class PackedDataset(Dataset):
     def __len__(self) -> int:
         return len(self.sampler)
 
+    @property
+    def num_examples(self) -> int:
+        """Examples in all bins of an epoch."""
+        return len(self.examples.lengths)
+
     def __getitem__(self, index: int) -> FlatBatch:
         epoch = int(self._epoch)
         self.sampler.set_epoch(epoch)

@@ -6,10 +6,13 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
+DRY_RUN = "With --dry-run: reads the data, times a few steps, says what would be trained and how long; leaves nothing."
+
 
 def parse(command: str, example: str, words: list[str], *kinds: Any, defaults: dict | None = None) -> tuple:
     """The dataclasses `kinds`, filled from the words behind a command."""
-    parser = HfArgumentParser(kinds, prog=f"hf-ehr {command}", epilog=f"example: {example}")
+    hint = f" {DRY_RUN}" if command.split()[0] in ("pretrain", "finetune") else ""
+    parser = HfArgumentParser(kinds, prog=f"hf-ehr {command}", epilog=f"example: {example}{hint}")
     parser.set_defaults(**(defaults or {}))
     return parser.parse_args_into_dataclasses(words)
 

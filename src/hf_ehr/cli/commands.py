@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,7 @@ from hf_ehr import quickstart as quickstart_run
 from hf_ehr import transfer as transfer_run
 from hf_ehr.cli import note_commands, stay_commands, visit_commands
 from hf_ehr.cli._arguments import model_of, parse, positional
+from hf_ehr.cli.dry_runs import rehearsed
 from hf_ehr.cli.figure_commands import attention, embedding_map, explain
 from hf_ehr.cli.note_commands import (
     check_notes,
@@ -30,6 +32,7 @@ from hf_ehr.cli.visit_commands import map_drugs
 from hf_ehr.models.configuration_ehrtagger import EhrTaggerConfig
 from hf_ehr.models.configuration_medhmp import MedHMPConfig
 from hf_ehr.prepare import SourceName, format_summary
+from hf_ehr.prepare import plan as plan_preparation
 from hf_ehr.prepare import prepare as prepare_data
 from hf_ehr.training._runs import json_options
 from hf_ehr.vocabulary import coverage
@@ -40,6 +43,10 @@ VISIT_MODELS = ("medmplm", "gbert")
 FINETUNED = (*MODELS, *visit_commands.BASELINES, "ehrtagger")
 """Models that are fine-tuned; those that are not pre-trained here start from what their arguments name."""
 VISIT_TYPES = ("ehr_medmplm", "ehr_gbert", "ehr_visitrnn", "ehr_concat", "ehr_text")
+PRETRAIN_EXAMPLE = "hf-ehr pretrain medbert --data data/ --output_dir model/ --preset tiny --learning_rate 3e-3"
+FINETUNE_EXAMPLE = (
+    "hf-ehr finetune medbert --data data/ --model model/ --task readmission_30d --output_dir classifier/"
+)
 PRETRAIN_DEFAULTS = {  # section "Pretraining" of the Med-BERT paper, but for steps and warm-up that fit any data
     "learning_rate": 5e-5, "weight_decay": 0.01, "adam_epsilon": 1e-6, "warmup_steps": 0.1, "num_train_epochs": 10.0,
     "logging_steps": 50, "save_total_limit": 2,
@@ -62,6 +69,7 @@ class PrepareArguments:
     options: str = field(
         default="{}", metadata={"help": 'The source\'s own options as JSON, e.g. {"part": "a"} of physionet2012.'}
     )
+    dry_run: bool = field(default=False, metadata={"help": "Look at the columns, say what would be done; do nothing."})
 
 
 @dataclass
@@ -84,6 +92,13 @@ def prepare(words: list[str]) -> None:
     example = "hf-ehr prepare mimic4 --input mimic-iv/ --output data/"
     source, words = positional(words, "SOURCE", example)
     (arguments,) = parse("prepare SOURCE", example, words, PrepareArguments)
+    if arguments.dry_run:
+        return print(
+            plan_preparation(
+                cast(SourceName, source), arguments.input, arguments.output, engine=cast(Any, arguments.engine),
+                shards=arguments.shards, options=json_options(arguments.options, "options"),
+            )
+        )  # fmt: skip
     info = prepare_data(
         cast(SourceName, source), arguments.input, arguments.output, engine=cast(Any, arguments.engine),
         shards=arguments.shards, workers=arguments.workers, options=json_options(arguments.options, "options"),
@@ -110,8 +125,11 @@ def fit_tokenizer(words: list[str]) -> None:
 
 def pretrain(words: list[str]) -> None:
     """``hf-ehr pretrain MODEL --data DIR --output_dir DIR``; what follows MODEL depends on it."""
-    example = "hf-ehr pretrain medbert --data data/ --output_dir model/ --preset tiny --learning_rate 3e-3"
-    model, words = model_of("pretrain", words, MODELS, example)
+    model, words = model_of("pretrain", words, MODELS, PRETRAIN_EXAMPLE)
+    rehearsed(words, partial(_pretrain, model))
+
+
+def _pretrain(model: str, words: list[str]) -> None:
     if model == "ehrbert":
         return note_commands.pretrain_ehrbert(words)
     if model in VISIT_MODELS:
@@ -119,7 +137,7 @@ def pretrain(words: list[str]) -> None:
     if model == "medhmp":
         return stay_commands.pretrain_medhmp(words)
     kinds = (training.DataArguments, training.PretrainArguments, TrainingArguments)
-    data, options, arguments = parse("pretrain medbert", example, words, *kinds, defaults=PRETRAIN_DEFAULTS)
+    data, options, arguments = parse("pretrain medbert", PRETRAIN_EXAMPLE, words, *kinds, defaults=PRETRAIN_DEFAULTS)
     figures = training.pretrain(data, options, arguments)
     if arguments.process_index == 0:
         gain = figures["unigram_loss"] - figures["code_loss"]
@@ -135,8 +153,11 @@ def pretrain(words: list[str]) -> None:
 
 def finetune(words: list[str]) -> None:
     """``hf-ehr finetune MODEL --data DIR --model DIR --output_dir DIR``; what follows MODEL depends on it."""
-    example = "hf-ehr finetune medbert --data data/ --model model/ --task readmission_30d --output_dir classifier/"
-    model, words = model_of("finetune", words, FINETUNED, example)
+    model, words = model_of("finetune", words, FINETUNED, FINETUNE_EXAMPLE)
+    rehearsed(words, partial(_finetune, model))
+
+
+def _finetune(model: str, words: list[str]) -> None:
     if model == "ehrbert":
         return note_commands.finetune_ehrbert(words)
     if model in VISIT_MODELS:
@@ -148,7 +169,7 @@ def finetune(words: list[str]) -> None:
     if model == "medhmp":
         return stay_commands.finetune_medhmp(words)
     kinds = (training.DataArguments, training.FinetuneArguments, TrainingArguments)
-    data, options, arguments = parse("finetune medbert", example, words, *kinds, defaults=FINETUNE_DEFAULTS)
+    data, options, arguments = parse("finetune medbert", FINETUNE_EXAMPLE, words, *kinds, defaults=FINETUNE_DEFAULTS)
     folder = training.finetune(data, options, arguments)
     if arguments.process_index == 0:
         print(f"Next: hf-ehr evaluate --model {folder} --output {folder}/evaluation")
@@ -175,7 +196,10 @@ def report(words: list[str]) -> None:
     example = "hf-ehr report medbert_table4 --output reports/"
     name, words = positional(words, "SPEC", example)
     (arguments,) = parse("report SPEC", example, words, experiments.ReportArguments)
-    paths = experiments.report(experiments.load_spec(name), arguments)
+    spec = experiments.load_spec(name)
+    if arguments.dry_run:
+        return print(experiments.plan(spec, arguments))
+    paths = experiments.report(spec, arguments)
     print(paths[0].read_text())
     print("Written: " + ", ".join(map(str, paths)))
 

@@ -13,14 +13,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hf_ehr.experiments import coding, stays, visits
+from hf_ehr.experiments.cells import Bench
 from hf_ehr.experiments.coding import CodingSpec
-from hf_ehr.experiments.runner import run_cells
+from hf_ehr.experiments.coding.cells import stages as coding_stages
+from hf_ehr.experiments.runner import Job, run_cells, stages
 from hf_ehr.experiments.spec import ReportSpec, read_yaml
 from hf_ehr.experiments.stays import StaySpec
+from hf_ehr.experiments.stays.stages import stages as stay_stages
 from hf_ehr.experiments.tables import collect, write
 from hf_ehr.experiments.visits import VisitSpec
+from hf_ehr.experiments.visits.stages import stages as visit_stages
 
-__all__ = ["CodingSpec", "ReportArguments", "ReportSpec", "StaySpec", "VisitSpec", "load_spec", "report"]
+__all__ = ["CodingSpec", "ReportArguments", "ReportSpec", "StaySpec", "VisitSpec", "load_spec", "plan", "report"]
 
 AnySpec = ReportSpec | CodingSpec | StaySpec | VisitSpec
 
@@ -35,6 +39,7 @@ class ReportArguments:
     )
     workers: int | None = field(default=None, metadata={"help": "Processes; one per core when left out."})
     draws: int | None = field(default=None, metadata={"help": "Fewer draws than the specification, for a first look."})
+    dry_run: bool = field(default=False, metadata={"help": "Say what would be computed and what is there."})
 
 
 def load_spec(path: str | Path) -> AnySpec:
@@ -60,10 +65,7 @@ def report(spec: AnySpec, arguments: ReportArguments) -> list[Path]:
     Raises:
         EhrDataError: A data set cannot be read.
     """
-    work = Path(arguments.work)
-    if arguments.draws is not None:
-        note = f"A first look with `--draws {arguments.draws}`, not the specification's number of draws."
-        spec = replace(spec, draws=arguments.draws, notes=(*spec.notes, note))
+    work, spec = Path(arguments.work), _with_draws(spec, arguments.draws)
     if isinstance(spec, CodingSpec):
         return coding.report(spec, work, Path(arguments.output), arguments.workers)
     if isinstance(spec, StaySpec):
@@ -72,3 +74,30 @@ def report(spec: AnySpec, arguments: ReportArguments) -> list[Path]:
         return visits.report(spec, work, Path(arguments.output), arguments.workers)
     failures = run_cells(spec, work, arguments.workers)
     return write(collect(spec, work, failures), Path(arguments.output))
+
+
+def plan(spec: AnySpec, arguments: ReportArguments) -> str:
+    """What a report computes, stage by stage, and how much of it is in the work folder; nothing is written."""
+    work, spec = Path(arguments.work), _with_draws(spec, arguments.draws)
+    lines = [f"{spec.title}: {len(spec.rows)} rows", f"{'stage':22}{'jobs':>8}{'done':>8}"]
+    for title, jobs in _stages(spec, work).items():
+        if jobs:
+            lines.append(f"{title:22}{len(jobs):8,}{sum(job.done.exists() for job in jobs):8,}")
+    return "\n".join(lines)
+
+
+def _stages(spec: AnySpec, work: Path) -> dict[str, list[Job]]:
+    if isinstance(spec, CodingSpec):
+        return coding_stages(coding.CodingBench(spec, work))
+    if isinstance(spec, StaySpec):
+        return stay_stages(stays.StayBench(spec, work))
+    if isinstance(spec, VisitSpec):
+        return visit_stages(visits.VisitBench(spec, work))
+    return stages(Bench(spec, work))
+
+
+def _with_draws(spec: AnySpec, draws: int | None) -> AnySpec:
+    if draws is None:
+        return spec
+    note = f"A first look with `--draws {draws}`, not the specification's number of draws."
+    return replace(spec, draws=draws, notes=(*spec.notes, note))

@@ -58,10 +58,15 @@ def run_cells(spec: ReportSpec, work: Path, workers: int | None = None) -> dict[
         features = bench.code_encoders(data).features
         if any(row.init == "medhmp" for row in spec.rows) and not features.extractor_folder.is_dir():
             features.make()
-    stages = {
-        "Pre-training": _materials, "Moving vocabularies": _moves, "Learning rates": _tuning, "Cells": _cells,
+    return run_stages(stages(bench), workers)
+
+
+def stages(bench: Bench) -> dict[str, list[Job]]:
+    """The jobs of a report, stage by stage."""
+    return {
+        "Pre-training": _materials(bench), "Moving vocabularies": _moves(bench), "Learning rates": _tuning(bench),
+        "Cells": _cells(bench),
     }  # fmt: skip
-    return run_stages({title: jobs_of(bench) for title, jobs_of in stages.items()}, workers)
 
 
 def run_stages(stages: Mapping[str, Sequence[Job]], workers: int | None = None) -> dict[str, str]:

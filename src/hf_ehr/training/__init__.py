@@ -9,6 +9,7 @@ Every run resumes from the last checkpoint in its output folder; only training p
 early stopping see validation patients, and nothing here opens the test split but :func:`examples_of`.
 """
 
+from hf_ehr.training._dry_runs import TrainingPlan, dry_run
 from hf_ehr.training._notes import NoteArguments
 from hf_ehr.training._runs import SPLITS_FILE, DataArguments
 from hf_ehr.training.admissions import (
@@ -81,7 +82,8 @@ __all__ = [
     "STAY_RECIPE", "VOCABULARIES", "AdmissionFinetuneArguments", "AdmissionPretrainArguments",
     "AdmissionPretrainer", "CoderArguments", "DataArguments", "FinetuneArguments", "NoteArguments",
     "NotePretrainArguments", "PretrainArguments", "StayArguments", "StayFinetuneArguments", "StayPretrainArguments",
-    "check_earlier_stage", "codes_in_scope", "embed", "examples_of", "finetune", "finetune_admissions",
+    "TrainingPlan", "check_earlier_stage", "codes_in_scope", "dry_run", "embed", "examples_of", "finetune",
+    "finetune_admissions",
     "finetune_stays", "fit_admission_classifier", "fit_classifier", "fit_coder", "fit_stay_classifier",
     "frozen_notes", "held_out", "held_out_admissions", "held_out_notes", "held_out_stays", "labelled_admissions",
     "labelled_stays", "model_config", "new_admission_classifier", "new_classifier", "new_coder",

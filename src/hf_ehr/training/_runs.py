@@ -23,6 +23,7 @@ from hf_ehr.datasets import split_patients
 from hf_ehr.samplers import FlatExamples
 from hf_ehr.schema import DatasetInfo, EhrDataError, atomic_path, shard_paths
 from hf_ehr.tasks import SplitManifest
+from hf_ehr.training._dry_runs import run_dry
 
 if TYPE_CHECKING:
     import datasets
@@ -94,6 +95,12 @@ def quiet(trainer: Trainer) -> Trainer:
     return trainer
 
 
+def train_from_last_checkpoint(trainer: Trainer) -> None:
+    """Trains on from the last whole checkpoint of the output folder; under `dry_run` only some steps."""
+    run_dry(trainer)
+    quiet(trainer).train(resume_from_checkpoint=last_checkpoint(output_of(trainer.args)))
+
+
 class Batch(dict):
     def to(self, device) -> Batch:
         return Batch({name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in self.items()})
@@ -118,9 +125,9 @@ def log_frequency(ids: np.ndarray, tokenizer: Any) -> np.ndarray:
     return np.log(counts / counts.sum()).astype(np.float32)
 
 
-def last_checkpoint(training: TrainingArguments) -> str | None:
-    """The last whole checkpoint of an interrupted run in the output folder; its state is what is written last."""
-    folders = output_of(training).glob("checkpoint-*")
+def last_checkpoint(folder: Path) -> str | None:
+    """The last whole checkpoint in a folder; its state is what is written last."""
+    folders = folder.glob("checkpoint-*")
     for folder in sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
         with suppress(OSError, json.JSONDecodeError):
             json.loads((folder / "trainer_state.json").read_text())
@@ -178,8 +185,22 @@ class Run:
         (self.folder / RUN_FILE).unlink(missing_ok=True)
 
     @staticmethod
+    def standing(folder: Path, rehearsed: Path) -> str:
+        """What the run that was begun in `rehearsed` finds in `folder`, as a sentence; empty for nothing."""
+        digest = Run._read(rehearsed / RUN_FILE)
+        markers = {path: Run._read(path) for path in folder.glob("*.json")} if folder.is_dir() else {}
+        if any(found not in ("", digest) for found in markers.values()):
+            return f"{folder} holds another run, and this one would be refused: choose another `output_dir`."
+        if digest in (found for path, found in markers.items() if path.name != RUN_FILE):
+            return f"{folder} holds this very run, finished: it would return at once."
+        checkpoint = last_checkpoint(folder)
+        return "" if checkpoint is None else f"It would go on from {checkpoint}."
+
+    @staticmethod
     def _read(path: Path) -> str:
-        return json.loads(path.read_text()).get("run", "")
+        content = json.loads(path.read_text())
+        found = content.get("run", "") if isinstance(content, dict) else ""
+        return found if isinstance(found, str) else ""
 
 
 def _content(value: Any) -> Any:
@@ -213,3 +234,27 @@ def json_options(text: str, name: str) -> dict[str, Any]:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"`{name}` must be a JSON object, got {text!r}: {error}.") from error
+
+
+def config_options(text: str, kind: type, name: str = "model_options") -> dict[str, Any]:
+    """Fields of a configuration that the command line takes as JSON, an object within them (`code_config`) included.
+
+    Raises:
+        ValueError: The text is no JSON object, or names no field of `kind`: the library would take it without a word.
+    """
+    given = json_options(text, name)
+    check_config_fields(given, kind, name)
+    return given
+
+
+def check_config_fields(given: Any, kind: type, name: str) -> None:
+    """Refuses what is no mapping of fields of a configuration.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if not isinstance(given, Mapping):
+        raise ValueError(f'`{name}` must be a JSON object, got {given!r}. Write {{"field": value}}.')
+    known = {item.name for item in fields(kind)}  # type: ignore[arg-type]
+    if unknown := sorted(set(given) - known):
+        raise ValueError(f"`{name}` must be fields of {kind.__name__}, got {unknown}. See its documentation.")

@@ -18,7 +18,10 @@ from hf_ehr.models.modeling_ehrtext import EhrTextForICDCoding
 from hf_ehr.models.modeling_gbert import KINDS, code_targets
 from hf_ehr.models.processing_medmplm import MedMPLMProcessor
 from hf_ehr.multilabel_predictions import MultilabelPredictions
-from hf_ehr.training._runs import last_checkpoint, quiet, run_arguments
+from hf_ehr.training._runs import (
+    run_arguments,
+    train_from_last_checkpoint,
+)
 from hf_ehr.training.finetuning import fit_best_epoch, positive, set_probe
 from hf_ehr.visit_collators import CodeSetMasking, VisitCollator
 
@@ -170,7 +173,7 @@ def fit_visits(
         compute_metrics=_ranking,
         callbacks=[] if patience is None else [EarlyStoppingCallback(patience)],
     )  # fmt: skip
-    quiet(trainer).train(resume_from_checkpoint=last_checkpoint(training))
+    train_from_last_checkpoint(trainer)
 
 
 def _ranking(prediction: Any) -> dict[str, float]:

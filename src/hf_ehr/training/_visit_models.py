@@ -31,7 +31,7 @@ from hf_ehr.models.modeling_medmplm import (
 from hf_ehr.models.modeling_visitrnn import VisitRnnForMedicationRecommendation
 from hf_ehr.models.processing_medmplm import MedMPLMProcessor
 from hf_ehr.models.tokenization_ehr import EhrCodeTokenizer
-from hf_ehr.training._runs import PRETRAIN_FILE, json_options
+from hf_ehr.training._runs import PRETRAIN_FILE, check_config_fields, config_options
 
 if TYPE_CHECKING:
     from hf_ehr.training.visit_baselines import VisitBaselineArguments
@@ -58,7 +58,9 @@ def new_visit_model(options: VisitPretrainArguments, processor: MedMPLMProcessor
         ValueError: An option is not known, or the text encoder reads fewer tokens than `note_max_length`.
     """
     torch.manual_seed(seed)
-    fields = json_options(options.model_options, "model_options")
+    kind = GBertConfig if options.architecture == "gbert" else MedMPLMConfig
+    fields = config_options(options.model_options, kind)
+    check_config_fields(fields.get("code_config", {}), GBertConfig, "code_config")
     tokens = [_tokens(tokenizer) for tokenizer in processor.code_tokenizers.values()]
     heads = {"num_attention_heads": 2} if options.preset == "paper" else {}
     sizes = {"hidden_size": 32, "intermediate_size": 32} if options.preset == "tiny" else heads
@@ -243,7 +245,8 @@ def new_visit_baseline(
     }  # fmt: skip
     if options.setting != "admission":
         fields["problem_type"] = "multi_label_classification"
-    fields |= json_options(options.model_options, "model_options")
+    configuration = {"rnn": VisitRnnConfig, "cnn": EhrTextConfig}.get(kind, EhrConcatConfig)
+    fields |= config_options(options.model_options, configuration)
     if kind == "rnn":
         return VisitRnnForMedicationRecommendation(_rnn_config(options, processor, fields))
     if kind == "cnn":

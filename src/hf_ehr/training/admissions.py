@@ -26,7 +26,14 @@ from hf_ehr.models.modeling_medhmp_transfer import load_stage, with_note_encoder
 from hf_ehr.models.processing_medhmp import MedHMPProcessor
 from hf_ehr.stay_collators import CODES, AdmissionCollator, CodeHiding, code_hiding, padded_notes
 from hf_ehr.training._admission_figures import HIDDEN_SHARE, held_out_admissions
-from hf_ehr.training._runs import PRETRAIN_FILE, SPLITS_FILE, Run, last_checkpoint, output_of, quiet, run_arguments
+from hf_ehr.training._runs import (
+    PRETRAIN_FILE,
+    SPLITS_FILE,
+    Run,
+    output_of,
+    run_arguments,
+    train_from_last_checkpoint,
+)
 from hf_ehr.training.finetuning import check_earlier_stage, positive
 from hf_ehr.training.stays import (
     Level,
@@ -163,7 +170,7 @@ def pretrain_admissions(
         train_dataset=examples["train"].with_format("numpy"),
         hiding=code_hiding(processor.code_tokenizers, HIDDEN_SHARE, training.seed),
     )  # fmt: skip
-    quiet(trainer).train(resume_from_checkpoint=last_checkpoint(training))
+    train_from_last_checkpoint(trainer)
     figures = held_out_admissions(model, examples["validation"], examples["train"], processor)
     if trainer.is_world_process_zero():
         trainer.save_model(str(training.output_dir))

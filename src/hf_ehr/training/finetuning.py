@@ -26,10 +26,9 @@ from hf_ehr.training._runs import (
     DataArguments,
     Run,
     batches,
-    last_checkpoint,
     output_of,
-    quiet,
     run_arguments,
+    train_from_last_checkpoint,
 )
 
 if TYPE_CHECKING:
@@ -152,7 +151,7 @@ def fit_best_epoch(
         processing_class=processor,
         callbacks=[] if patience is None else [EarlyStoppingCallback(patience)],
     )  # fmt: skip
-    quiet(trainer).train(resume_from_checkpoint=last_checkpoint(training))
+    train_from_last_checkpoint(trainer)
     _keep_better(model, before, np.asarray(validation["labels"]), score)
 
 

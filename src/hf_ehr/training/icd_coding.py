@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -37,11 +36,10 @@ from hf_ehr.training._runs import (
     PREDICT_TOKENS,
     SPLITS_FILE,
     Run,
-    json_options,
-    last_checkpoint,
+    config_options,
     output_of,
-    quiet,
     run_arguments,
+    train_from_last_checkpoint,
 )
 from hf_ehr.training.finetuning import check_earlier_stage
 from hf_ehr.training.note_pretraining import extend_if_needed
@@ -177,10 +175,7 @@ def new_coder(
     if options.untrained:
         encoder = AutoModel.from_config(AutoConfig.from_pretrained(options.model))
     encoder = extend_if_needed(encoder, max_length)
-    fields = json_options(options.model_options, "model_options")
-    known = {field.name for field in dataclass_fields(EhrBertConfig)}
-    if unknown := sorted(set(fields) - known):
-        raise ValueError(f"`model_options` must be fields of EhrBertConfig, got {unknown}. See its documentation.")
+    fields = config_options(options.model_options, EhrBertConfig)
     id2label = dict(enumerate(codes))
     model = EhrBertForICDCoding.from_encoder(encoder, id2label, head=options.head, **fields)
     if options.head != "xml":
@@ -228,7 +223,7 @@ def fit_coder(
         processing_class=tokenizer,
         callbacks=[] if patience is None else [EarlyStoppingCallback(patience)],
     )  # fmt: skip
-    quiet(trainer).train(resume_from_checkpoint=last_checkpoint(training))
+    train_from_last_checkpoint(trainer)
 
 
 @torch.no_grad()

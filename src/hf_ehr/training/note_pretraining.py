@@ -26,11 +26,12 @@ from hf_ehr.training._runs import (
     PRETRAIN_FILE,
     SPLITS_FILE,
     Run,
+    check_config_fields,
     json_options,
-    last_checkpoint,
     log_frequency,
     output_of,
     run_arguments,
+    train_from_last_checkpoint,
 )
 from hf_ehr.training.finetuning import check_earlier_stage
 
@@ -124,7 +125,7 @@ def pretrain_notes(data: NoteArguments, options: NotePretrainArguments, training
         eval_dataset=examples["validation"].with_format("numpy"),  # for `--eval_strategy` and the best epoch
         processing_class=tokenizer,
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(training))
+    train_from_last_checkpoint(trainer)
     collate = NotePretrainingCollator(tokenizer, 0.15, 1.0, 0.0, packed=packed)
     figures = held_out_notes(model, examples["validation"], collate, frequency, training.per_device_eval_batch_size)
     if trainer.is_world_process_zero():
@@ -191,6 +192,7 @@ def _tokenizer(data: NoteArguments, options: NotePretrainArguments) -> Any:
 def _model(data: NoteArguments, options: NotePretrainArguments, tokenizer: Any) -> Any:
     fields: dict[str, Any] = json_options(options.model_options, "model_options")
     if options.encoder is None:
+        check_config_fields(fields, EhrBertConfig, "model_options")
         fields |= {"vocab_size": len(tokenizer), "max_position_embeddings": data.max_length}
         fields |= {"pad_token_id": tokenizer.pad_token_id, "mask_token_id": tokenizer.mask_token_id}
         family = EhrBertForPreTraining if options.next_sentence else EhrBertForMaskedLM

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
@@ -24,10 +23,11 @@ from hf_ehr.training._runs import (
     DataArguments,
     Run,
     batches,
-    last_checkpoint,
+    config_options,
     log_frequency,
     output_of,
     run_arguments,
+    train_from_last_checkpoint,
 )
 from hf_ehr.vocabulary import fit_tokenizer
 
@@ -90,7 +90,7 @@ def pretrain(data: DataArguments, options: PretrainArguments, training: Training
         train_dataset=PackedDataset(examples["train"], options.max_tokens, training.seed),
         processing_class=tokenizer,
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(training))
+    train_from_last_checkpoint(trainer)
     figures = held_out(model, examples["validation"], examples["train"], tokenizer)
     if trainer.is_world_process_zero():
         trainer.save_model(training.output_dir)
@@ -148,10 +148,7 @@ def model_config(data: DataArguments, options: PretrainArguments, tokenizer: Ehr
         raise ValueError(f"`preset` must be one of {', '.join(presets)}, got {options.preset!r}.")
     fields = {"vocab_size": len(tokenizer), "max_position_embeddings": data.max_length}
     fields |= {"pad_token_id": tokenizer.pad_token_id, "mask_token_id": tokenizer.mask_token_id}
-    try:
-        return presets[options.preset](**(fields | json.loads(options.model_options)))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"`model_options` must be a JSON object, got {options.model_options!r}: {error}.") from error
+    return presets[options.preset](**(fields | config_options(options.model_options, MedBertConfig)))
 
 
 def _masking(objective: str, options: PretrainArguments, tokenizer: EhrCodeTokenizer, seed: int):

@@ -30,13 +30,13 @@ from hf_ehr.training._runs import (
     PRETRAIN_FILE,
     SPLITS_FILE,
     Run,
+    config_options,
     json_options,
-    last_checkpoint,
     output_of,
     patient_splits,
-    quiet,
     run_arguments,
     salted_manifest,
+    train_from_last_checkpoint,
 )
 from hf_ehr.training.finetuning import (
     FINETUNE_FILE,
@@ -144,7 +144,7 @@ def pretrain_stays(
         model, run_arguments(training, remove_unused_columns=False), collate,
         train_dataset=examples["train"].with_format("numpy"),
     )  # fmt: skip
-    quiet(trainer).train(resume_from_checkpoint=last_checkpoint(training))
+    train_from_last_checkpoint(trainer)
     figures = held_out_stays(model, examples["validation"], examples["train"])
     if trainer.is_world_process_zero():
         trainer.save_model(str(training.output_dir))
@@ -179,7 +179,7 @@ def stay_config(options: StayPretrainArguments, extractor: HourlyFeatureExtracto
     if options.preset not in presets:
         raise ValueError(f"`preset` must be one of {', '.join(presets)}, got {options.preset!r}.")
     sizes = {name: getattr(extractor, name) for name in ("num_hourly_features", "num_demographics", "n_hours")}
-    options_given = json_options(options.model_options, "model_options")
+    options_given = config_options(options.model_options, MedHMPConfig)
     return presets[options.preset](**({"note_size": None} | sizes | fields | options_given))
 
 

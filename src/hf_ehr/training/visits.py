@@ -27,12 +27,11 @@ from hf_ehr.training._runs import (
     PRETRAIN_FILE,
     SPLITS_FILE,
     Run,
-    last_checkpoint,
     output_of,
     patient_splits,
-    quiet,
     run_arguments,
     salted_manifest,
+    train_from_last_checkpoint,
 )
 from hf_ehr.training._visit_fitting import (
     AskedVisits,
@@ -210,7 +209,7 @@ def pretrain_visits(
         model, run_arguments(training, remove_unused_columns=False),
         VisitCollator.of(model.config, masking=maskings(processor, training.seed)), train_dataset=examples["train"],
     )  # fmt: skip
-    quiet(trainer).train(resume_from_checkpoint=last_checkpoint(training))
+    train_from_last_checkpoint(trainer)
     figures = held_out_visits(model, examples["validation"], processor)
     if trainer.is_world_process_zero():
         trainer.save_model(str(training.output_dir))
