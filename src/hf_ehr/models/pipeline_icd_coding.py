@@ -200,7 +200,7 @@ class ICDCodingPipeline(_Base):
         """Labels → codes as coders read them."""
         config = self.model.config
         codes = [config.id2label[label] for label in model_outputs["labels"]]
-        names = described(config, codes, descriptions, self.public_names)
+        names = described(config, codes, descriptions, type(self).public_names)
         review, auto = stored_thresholds(config, codes, threshold)
         decisions = decide(model_outputs["probabilities"], review=review, auto_code=auto)
         columns = (codes, names, model_outputs["probabilities"], [DECISIONS[one] for one in decisions])
