@@ -9,17 +9,16 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, ModernBertConfig, ModernBertModel, RobertaConfig, RobertaModel
 
-import hf_ehr.explanations as explanations
+import hf_ehr.models.note_evidence as note_evidence
 from hf_ehr import EhrBertForICDCoding
 from hf_ehr.evidence import plausibility, top_spans
 from hf_ehr.evidence_report import RANDOM_DRAWS, evidence_report
 from hf_ehr.explanations import (
-    EncodedNotes,
     attention_gradient_evidence,
     gradient_evidence,
     label_attention_evidence,
-    segment_texts,
 )
+from hf_ehr.models.note_evidence import EncodedNotes, segment_texts
 from hf_ehr.notes import EVIDENCE_KINDS
 from hf_ehr.schema import EhrDataError
 from hf_ehr.sources.synthetic_notes import SyntheticNotesConfig, generate_notes
@@ -168,7 +167,7 @@ def test_attention_gradient_is_the_product_of_both(tokenizer):
 def test_how_many_labels_have_gradients_at_once_changes_nothing(tokenizer, monkeypatch):
     model = random_coder(tokenizer, *LABELS)
     together = gradient_evidence(model, tokenizer, HIP, [0, 1, 2]).weights
-    monkeypatch.setattr(explanations, "STATE_BUDGET", 1)
+    monkeypatch.setattr(note_evidence, "STATE_BUDGET", 1)
     np.testing.assert_allclose(gradient_evidence(model, tokenizer, HIP, [0, 1, 2]).weights, together, rtol=1e-6)
 
 

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from hf_ehr.evidence import Span
 from hf_ehr.highlight_page import highlight_page
+from hf_ehr.models.evidence_spans import Span
 from hf_ehr.pipelines import ICDCodingPipeline, highlight_note
 
 from .browser import NARROW, WIDE, opened

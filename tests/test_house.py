@@ -82,7 +82,6 @@ FLOORS = (
         "subgroups",
         "visualization",
         "attention_maps",
-        "_encoders",
         "_pages",
         "attention_page",
         "cross_attention_maps",
@@ -103,7 +102,6 @@ FLOORS = (
         "risk_explanations",
         "evidence_report",
         "pipelines",
-        "integrated_gradients",
         "prediction_files",
         "validation",
         "doctor",
@@ -139,6 +137,12 @@ MODELS_SEEN_BELOW_THE_TOP = {
     "visit_datasets": {"processing_medmplm"},
     "drug_classes": {"code_hierarchy"},
     "admission_datasets": {"processing_medhmp"},
+    "notes": {"note_windows"},
+    "code_thresholds": {"code_decisions"},
+    "evidence": {"evidence_spans"},
+    "highlight_page": {"code_decisions", "evidence_spans"},
+    "attention_maps": {"any_encoder"},
+    "cross_attention_maps": {"any_encoder"},
 }
 MODELS_MAY_IMPORT = {"torch", "transformers", "tokenizers", "numpy", "huggingface_hub"} | sys.stdlib_module_names
 HEAVY = {"polars", "ibis", "datasets", "sklearn", "evaluate", "matplotlib", "lightgbm", "duckdb", "pyspark", "pyarrow"}

@@ -23,8 +23,8 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainingAr
 
 from hf_ehr import EhrCodeTokenizer, MedBertConfig, MedBertForSequenceClassification
 from hf_ehr.collators import PaddedCollator
-from hf_ehr.explanations import EncodedNotes, segment_texts
-from hf_ehr.integrated_gradients import integrated_gradient_evidence, integrated_gradients
+from hf_ehr.models.integrated_gradients import integrated_gradient_evidence, integrated_gradients
+from hf_ehr.models.note_evidence import EncodedNotes, segment_texts
 from hf_ehr.pipelines import ICDCodingPipeline
 from hf_ehr.prediction_files import prediction_table, write_predictions
 from hf_ehr.schema import EhrDataError

@@ -10,9 +10,6 @@ from scipy import sparse
 from sklearn import metrics as sk
 
 from hf_ehr.code_thresholds import (
-    DECISIONS,
-    NEVER,
-    decide,
     routing_scores,
     threshold_for,
     tune_auto_code,
@@ -20,6 +17,7 @@ from hf_ehr.code_thresholds import (
 )
 from hf_ehr.intervals import crossed_bootstrap
 from hf_ehr.metrics import best_f1_threshold, multilabel_metrics
+from hf_ehr.models.code_decisions import DECISIONS, NEVER, decide
 from hf_ehr.multilabel import (
     assignment_scores,
     document_precision,

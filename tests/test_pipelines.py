@@ -3,14 +3,17 @@
 import json
 
 import numpy as np
+import polars
+import pyarrow
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel, pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
-import hf_ehr.pipelines as pipelines
+import hf_ehr.models.pipeline_icd_coding as pipeline_icd_coding
 from hf_ehr import EhrBertConfig, EhrBertForICDCoding, EhrBertForMaskedLM, EhrBertForSequenceClassification
 from hf_ehr.explanations import label_attention_evidence
+from hf_ehr.models.pipeline_frames import frame_of, rows_of
 from hf_ehr.pipelines import ICDCodingPipeline, highlight_note
 from tests.coders import HIP, names, places, pointing_coder, random_coder, words_of
 
@@ -183,6 +186,36 @@ def test_offsets_count_characters_of_the_original_note_in_any_script(coder):
     assert [span["text"] for span in coder(note, top_k=3)[0]["spans"]]
 
 
+# Frames
+
+
+@pytest.mark.parametrize("library", ["pandas", "polars"])
+def test_a_frame_of_notes_becomes_a_frame_with_a_row_a_code(coder, library):
+    kind = pytest.importorskip(library).DataFrame
+    frame = kind({"note_id": ["a", "b", "c"], "subject_id": [7, 7, 9], "text": [HIP, "", "asthma"], "page": [1, 2, 3]})
+    answers = coder(frame, top_k=2)
+    assert type(answers) is kind
+    assert list(answers.columns) == ["note_id", "subject_id", *FIELDS]
+    rows = rows_of(answers)  # pandas shows a missing description as NaN
+    assert [(row["note_id"], row["subject_id"]) for row in rows] == [("a", 7)] * 2 + [("b", 7)] * 2 + [("c", 9)] * 2
+    told = [{name: row[name] for name in FIELDS} for row in rows]
+    assert told == [code for note in (HIP, "", "asthma") for code in coder(note, top_k=2)]
+    only = coder(frame[["text"]], top_k=1, evidence=None)
+    assert list(only.columns) == FIELDS
+    assert len(only) == 3
+
+
+def test_a_frame_of_many_rows_without_spans_keeps_the_one_that_has_some():
+    empty, full = {"description": None, "spans": []}, {"description": "Hip", "spans": [{"start": 1, "end": 2}]}
+    made = frame_of([empty] * 200 + [full], like=polars.DataFrame())
+    assert made.to_dicts()[-1] == full
+
+
+def test_a_row_of_notes_is_a_note(coder):
+    assert coder({"text": HIP, "note_id": "a"}) == coder(HIP)
+    assert coder([{"text": HIP}, "asthma"]) == [coder(HIP), coder("asthma")]
+
+
 # Models
 
 
@@ -214,16 +247,9 @@ def test_another_encoder_codes_from_its_folder(tokenizer, tmp_path):
 def test_many_codes_of_a_long_note_hold_few_weights_at_once(tokenizer, monkeypatch):
     coder = coder_of(random_coder(tokenizer, *[f"code {i}" for i in range(50)]), tokenizer, top_k=None)
     whole = coder(HIP)
-    monkeypatch.setattr(pipelines, "WEIGHT_BUDGET", 60)
+    monkeypatch.setattr(pipeline_icd_coding, "WEIGHT_BUDGET", 60)
     assert len(whole) == 50
     assert [found([code]) for code in coder(HIP)] == [found([code]) for code in whole]
-
-
-def test_a_saved_pipeline_opens_again_without_code_from_its_folder(coder, tmp_path):
-    coder.save_pretrained(tmp_path)
-    assert "custom_pipelines" not in json.loads((tmp_path / "config.json").read_text())
-    assert not (tmp_path / "pipelines.py").exists()
-    assert pipeline("icd-coding", model=tmp_path, device="cpu", trust_remote_code=False)(HIP) == coder(HIP)
 
 
 def test_the_thresholds_of_a_saved_model_decide(tokenizer, tmp_path):
@@ -253,10 +279,21 @@ def test_a_coder_reads_as_many_windows_of_a_note_as_it_was_trained_on_and_of_tha
 # Refusals
 
 
-@pytest.mark.parametrize("note", [5, None, {"text": HIP}, (HIP, HIP), [HIP, None], [[HIP]], b"note"], ids=repr)
+@pytest.mark.parametrize(
+    "note", [5, None, {"note": HIP}, {"text": 5}, (HIP, HIP), [HIP, None], [[HIP]], b"note"], ids=repr
+)
 def test_what_is_no_note_is_refused(coder, note):
     with pytest.raises(ValueError, match=r"`inputs` must be a note \(str\) or a list of notes"):
         coder(note)
+
+
+def test_frames_that_hold_no_notes_are_refused(coder):
+    with pytest.raises(ValueError, match="must have a column `text`"):
+        coder(polars.DataFrame({"note": [HIP]}))
+    with pytest.raises(ValueError, match=r"`inputs` must be a note \(str\).* got dict without such a `text`"):
+        coder(polars.DataFrame({"text": [HIP, None]}))
+    with pytest.raises(ValueError, match="`inputs` must be a note"):
+        coder(pyarrow.table({"text": [HIP]}))
 
 
 @pytest.mark.parametrize(

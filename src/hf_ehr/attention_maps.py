@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_ehr._encoders import evaluating, segment_length
+from hf_ehr.models.any_encoder import evaluating, segment_length
 from hf_ehr.ontology import describe
 from hf_ehr.visualization import _figure
 

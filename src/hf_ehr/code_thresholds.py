@@ -5,24 +5,18 @@ Nothing here may see the test set: a threshold tuned on it flatters every figure
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from hf_ehr._scores import Array
 from hf_ehr.intervals import Interval, patient_bootstrap
+from hf_ehr.models.code_decisions import DECISIONS, NEVER
 from hf_ehr.multilabel_predictions import MultilabelPredictions, ScoreCounts
 
 MIN_POSITIVES = 20
 """Validation positives below which a label's own threshold would be noise."""
-NEVER = 2.0
-"""A threshold that no probability reaches; unlike infinity it can be written to JSON."""
-DEFAULT_THRESHOLD = 0.5
-"""Of a label without a threshold, in a configuration without a common one."""
-DECISIONS = ("ignore", "review", "auto-code")
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,35 +149,6 @@ def tune_auto_code(
     return auto
 
 
-def stored_thresholds(config: Any, codes: Sequence[str]) -> tuple[list[float], list[float]]:
-    """From where on a configuration has each of the ``codes`` reviewed and coded without review.
-
-    A code without a threshold takes ``common_threshold``, else 0.5, and is never coded without review.
-    """
-    own, auto = config.thresholds or {}, config.auto_code_thresholds or {}
-    common = DEFAULT_THRESHOLD if config.common_threshold is None else config.common_threshold
-    return [own.get(code, common) for code in codes], [auto.get(code, NEVER) for code in codes]
-
-
-def decide(scores: ArrayLike, *, review: ArrayLike, auto_code: ArrayLike) -> Array:
-    """Positions in ``DECISIONS``: auto-code from ``auto_code`` on, review from ``review`` on, else ignore.
-
-    Where ``auto_code`` lies below ``review`` nothing is left to review.
-
-    Args:
-        scores: Probabilities, ``(…, labels)``.
-        review: One threshold, or one a label.
-        auto_code: One threshold, or one a label.
-
-    Returns:
-        int8, the shape of ``scores``.
-    """
-    values = np.asarray(scores)
-    decided = (values >= np.asarray(review, np.float64)).astype(np.int8)
-    decided[values >= np.asarray(auto_code, np.float64)] = DECISIONS.index("auto-code")
-    return decided
-
-
 def routing_scores(
     predictions: MultilabelPredictions, *, review: ArrayLike, auto_code: ArrayLike
 ) -> dict[str, dict[str, float]]:
@@ -191,8 +156,8 @@ def routing_scores(
 
     Args:
         predictions: Of documents that no threshold was tuned on.
-        review: As in :func:`decide`.
-        auto_code: As in :func:`decide`.
+        review: As in :func:`hf_ehr.models.code_decisions.decide`.
+        auto_code: As in :func:`hf_ehr.models.code_decisions.decide`.
     """
     lower = np.minimum(np.broadcast_to(review, predictions.n_labels), auto_code)
     everything = np.full(predictions.n_labels, predictions.n_documents)

@@ -42,10 +42,10 @@ BERT-XML (Zhang, Liu & Razavian, Clinical NLP 2020) in an independent implementa
 The input is the text of a note, the output the probability of each code of `config.id2label`.
 
 ```python
-import hf_ehr
+import hf_ehr  # not needed where the folder was published: it then carries the code
 from transformers import pipeline
 
-coder = pipeline("icd-coding", model=folder)
+coder = pipeline("icd-coding", model=folder, trust_remote_code=True)
 coder("Admitted with dyspnea, known heart failure.")
 ```
 

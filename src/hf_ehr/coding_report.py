@@ -15,8 +15,9 @@ from scipy import sparse
 
 from hf_ehr._scores import Array
 from hf_ehr.code_groups import BAND_EDGES, band_groups, chapter_groups
-from hf_ehr.code_thresholds import DECISIONS, routing_scores, tune_auto_code, tune_thresholds
+from hf_ehr.code_thresholds import routing_scores, tune_auto_code, tune_thresholds
 from hf_ehr.intervals import Interval, holm, verdict
+from hf_ehr.models.code_decisions import DECISIONS
 from hf_ehr.multilabel import (
     assignment_scores,
     category_scores,

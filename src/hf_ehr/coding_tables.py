@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_ehr.code_thresholds import DECISIONS, MIN_POSITIVES, routing_scores, stored_thresholds
+from hf_ehr.code_thresholds import MIN_POSITIVES, routing_scores
 from hf_ehr.coding_report import (
     AUTO_CODE_PRECISION,
     HEADINGS,
@@ -20,6 +20,7 @@ from hf_ehr.coding_report import (
     CodingTest,
 )
 from hf_ehr.intervals import Interval
+from hf_ehr.models.code_decisions import DECISIONS, stored_thresholds
 from hf_ehr.multilabel_intervals import multilabel_intervals
 from hf_ehr.multilabel_predictions import MultilabelPredictions
 from hf_ehr.reports import csv_text, finite

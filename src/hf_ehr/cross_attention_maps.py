@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from hf_ehr._encoders import evaluating
 from hf_ehr.attention_maps import COLOR_MAP, ROW_SUM_TOLERANCE, Weights, bare_code
+from hf_ehr.models.any_encoder import evaluating
 from hf_ehr.ontology import describe
 from hf_ehr.visualization import _figure
 

@@ -20,24 +20,16 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from hf_ehr._scores import Array
+from hf_ehr.models.evidence_spans import Span, real_tokens, top_spans
 
 FRACTIONS = (0.01, 0.05, 0.1, 0.2, 0.5)
 """Shares of the tokens that are taken away or kept (ERASER)."""
-RELATIVE_THRESHOLD = 0.5
 _WORD = re.compile(r"\w+|[^\w\s]")
 STOP_WORDS = frozenset({
     "a", "an", "and", "at", "by", "due", "elsewhere", "for", "from", "in", "into", "nec", "nos", "not", "of", "on",
     "or", "other", "specified", "the", "to", "type", "unspecified", "with", "without",
 })  # fmt: skip
 """Words of descriptions that say nothing about a finding."""
-
-
-class Span(NamedTuple):
-    """Characters ``[start, end)`` of a note and how much they weigh."""
-
-    start: int
-    end: int
-    weight: float = 1.0
 
 
 class Plausibility(NamedTuple):
@@ -75,43 +67,6 @@ class Faithfulness:
     probability: float
     masked: Array
     kept: Array
-
-
-def top_spans(
-    weights: ArrayLike,
-    offsets: ArrayLike,
-    *,
-    relative_threshold: float = RELATIVE_THRESHOLD,
-    k: int | None = 5,
-    max_gap: int = 1,
-) -> list[Span]:
-    """The spans of a note that weigh most.
-
-    Tokens of at least ``relative_threshold`` times the largest weight are taken, those at most ``max_gap`` characters
-    apart joined. A span weighs as much as its tokens together.
-
-    Args:
-        weights: Of the tokens, ``(tokens,)``: label attention, attention × gradient, …; only positive ones count.
-        offsets: Start and end of every token in the note, ``(tokens, 2)``; equal for special tokens and padding.
-        relative_threshold: In (0, 1]; tune it on validation with :func:`tune_relative_threshold`.
-        k: Spans to return, all with None.
-        max_gap: Characters between tokens of one span; 1 joins words across a space.
-
-    Returns:
-        Spans by falling weight; none where no weight is positive.
-
-    Raises:
-        ValueError: Shapes do not fit, a weight is not finite, or an argument is out of range.
-    """
-    if not 0 < relative_threshold <= 1 or (k is not None and k < 1):
-        raise ValueError(
-            f"`relative_threshold` must lie in (0, 1] and `k` be at least 1, got {relative_threshold} and {k}."
-        )
-    values, places = _real_tokens(weights, offsets)
-    heaviest = values.max(initial=0.0)
-    taken = (values >= relative_threshold * heaviest) & (values > 0)
-    spans = _joined(values[taken], places[taken], max_gap)
-    return sorted(spans, key=lambda span: (-span.weight, span.start))[:k]
 
 
 def plausibility(spans: Iterable[Sequence[float]], truth: Iterable[Sequence[float]], text: str) -> Plausibility:
@@ -205,7 +160,7 @@ def faithfulness(
     """
     if not fractions or not all(0 < fraction <= 1 for fraction in fractions):
         raise ValueError(f"`fractions` must lie in (0, 1], got {list(fractions)}.")
-    values, places = _real_tokens(weights, offsets)
+    values, places = real_tokens(weights, offsets)
     if not len(values):
         raise ValueError("`offsets` must hold a token of the text, got none. An empty note has no evidence.")
     order = np.argsort(-values, kind="stable")
@@ -280,34 +235,6 @@ def string_match(text: str, description: str, *, min_share: float = 0.5, k: int 
     spans = [Span(run[0][0], run[-1][1], len({plain for *_, plain in run}) / len(content)) for run in runs if run]
     kept = [span for span in spans if span.weight >= min_share]
     return sorted(kept, key=lambda span: (-span.weight, span.start))[:k]
-
-
-def _real_tokens(weights: ArrayLike, offsets: ArrayLike) -> tuple[Array, Array]:
-    """Weights and offsets of the tokens that have text, in the order of the text."""
-    values, places = np.asarray(weights, dtype=np.float64), np.asarray(offsets, dtype=np.int64)
-    if values.ndim != 1 or places.shape != (*values.shape, 2):
-        raise ValueError(
-            f"`weights` must be (tokens,) and `offsets` (tokens, 2), got {values.shape} and {places.shape}."
-        )
-    if not np.isfinite(values).all():
-        raise ValueError(f"`weights` must be finite, got {int((~np.isfinite(values)).sum())} that are not.")
-    real = np.flatnonzero(places[:, 1] > places[:, 0])
-    real = real[np.argsort(places[real, 0], kind="stable")]
-    return values[real], places[real]
-
-
-def _joined(values: Array, places: Array, max_gap: int) -> list[Span]:
-    """Tokens in order of the text, joined where at most ``max_gap`` characters lie between."""
-    if not len(values):
-        return []
-    reach = np.maximum.accumulate(places[:, 1])
-    first = np.flatnonzero(np.append(True, places[1:, 0] > reach[:-1] + max_gap))
-    last = np.append(first[1:], len(values)) - 1
-    totals = np.add.reduceat(values, first)
-    return [
-        Span(int(places[start, 0]), int(reach[end]), float(total))
-        for start, end, total in zip(first, last, totals, strict=True)
-    ]
 
 
 def _words(text: str) -> Array:

@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from tqdm.auto import tqdm
 
-from hf_ehr._encoders import evaluating
 from hf_ehr._scores import Array
 from hf_ehr.evidence import (
-    Span,
     _words,
     faithfulness,
     first_words,
@@ -21,11 +19,13 @@ from hf_ehr.evidence import (
     plausibility_ceiling,
     random_spans,
     string_match,
-    top_spans,
     tune_relative_threshold,
 )
-from hf_ehr.explanations import SEGMENTS_AT_A_TIME, EncodedNotes, code_descriptions, segment_texts
+from hf_ehr.explanations import code_descriptions
 from hf_ehr.intervals import Interval, patient_bootstrap
+from hf_ehr.models.any_encoder import evaluating
+from hf_ehr.models.evidence_spans import Span, top_spans
+from hf_ehr.models.note_evidence import SEGMENTS_AT_A_TIME, EncodedNotes, segment_texts
 from hf_ehr.schema import EhrDataError
 
 if TYPE_CHECKING:

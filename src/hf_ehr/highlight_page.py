@@ -11,8 +11,8 @@ from typing import Any, NotRequired, TypedDict
 import numpy as np
 
 from hf_ehr._pages import write_page
-from hf_ehr.code_thresholds import DECISIONS
-from hf_ehr.evidence import Span
+from hf_ehr.models.code_decisions import DECISIONS
+from hf_ehr.models.evidence_spans import Span
 
 
 class PredictedCode(TypedDict):
@@ -22,7 +22,7 @@ class PredictedCode(TypedDict):
     description: NotRequired[str | None]
     probability: float
     decision: str
-    """One of :data:`hf_ehr.code_thresholds.DECISIONS`."""
+    """One of :data:`hf_ehr.models.code_decisions.DECISIONS`."""
     spans: Sequence[Span | Sequence[float] | Mapping[str, float]]
     """``start``, ``end``, ``weight`` each; offsets count characters of the note as Python does."""
 

@@ -27,6 +27,8 @@ from . import _publish_alone as alone
 from ._publish_checks import FIGURES, PublishingError, check_contents, check_vocabularies
 from ._publish_inputs import STREAMS, example_inputs
 from .cards import minimal_card, with_figures
+from .explanations import code_descriptions
+from .pipelines import TASK
 from .schema import EhrDataError
 
 MODELS = Path(hf_ehr.models.__file__).parent
@@ -34,19 +36,28 @@ MODELS = Path(hf_ehr.models.__file__).parent
 TOLERANCE = 1e-5
 """Largest difference of an output, relative to its size or absolute, whichever is larger."""
 READERS = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
-PIPELINE_CODE = ("pipeline_patient_tasks.py", "pipeline_patients.py")
 PATIENT_MODELS = {
     "ehr_medbert", "ehr_rnn", "ehr_gbert", "ehr_medmplm", "ehr_medhmp", "ehr_visitrnn", "ehr_concat",
 }  # fmt: skip
-PIPELINES: dict[str, tuple[tuple[str, ...], str]] = {
-    "medication-recommendation": (("ForMedicationRecommendation",), "MedicationRecommendationPipeline"),
-    "risk-prediction": (
-        ("ForSequenceClassification", "ForReadmission", "ForStayClassification", "ForAdmissionClassification"),
-        "RiskPredictionPipeline",
+PIPELINES: dict[str, tuple[set[str], tuple[str, ...], str]] = {
+    "icd-coding": ({"ehr_bert"}, ("ForICDCoding",), "pipeline_icd_coding.ICDCodingPipeline"),
+    "medication-recommendation": (
+        PATIENT_MODELS,
+        ("ForMedicationRecommendation",),
+        "pipeline_patient_tasks.MedicationRecommendationPipeline",
     ),
-    "patient-feature-extraction": (("Model",), "PatientFeatureExtractionPipeline"),
+    "risk-prediction": (
+        PATIENT_MODELS,
+        ("ForSequenceClassification", "ForReadmission", "ForStayClassification", "ForAdmissionClassification"),
+        "pipeline_patient_tasks.RiskPredictionPipeline",
+    ),
+    "patient-feature-extraction": (
+        PATIENT_MODELS,
+        ("Model",),
+        "pipeline_patient_tasks.PatientFeatureExtractionPipeline",
+    ),
 }
-"""Task → ends of the names of its models, and the class in `pipeline_patient_tasks.py`."""
+"""Task → families and ends of the names of its models, and its class among the modules that travel."""
 STALE = ["*.py", "*.safetensors", "*.json"]
 """Files of an earlier version of a repository that go when the new one lacks them."""
 
@@ -121,10 +132,12 @@ def write_folder(source: Path, target: Path) -> None:
     pipelines = _pipelines(source, model)
     if pipelines:
         model.config.custom_pipelines = pipelines
+    if TASK in pipelines:
+        model.config.label_descriptions = _descriptions(model)
     model.save_pretrained(target)
     _save_reading(source, target)
-    for name in PIPELINE_CODE if pipelines else ():
-        shutil.copy(MODELS / name, target / name)
+    for path in _pipeline_code(pipelines):
+        shutil.copy(path, target / path.name)
     for name in ("evaluation.json", *FIGURES):
         if (source / name).is_file():
             shutil.copy(source / name, target / name)
@@ -326,15 +339,29 @@ def _check_replaceable(output: Path) -> None:
 
 
 def _pipelines(source: Path, model: Any) -> dict[str, Any]:
-    """What a folder says of the pipelines over patients that travel with it; none where nothing reads patients."""
-    name = type(model).__name__
-    if not any((source / reader).is_file() for reader in READERS) or model.config.model_type not in PATIENT_MODELS:
+    """What a folder says of the pipeline that travels with it; nothing where nothing reads what the model is asked."""
+    if not any((source / reader).is_file() for reader in READERS):
         return {}
-    task = next((task for task, (ends, _) in PIPELINES.items() if name.endswith(ends)), None)
-    if task is None:
-        return {}
-    impl = f"pipeline_patient_tasks.{PIPELINES[task][1]}"
-    return {task: {"impl": impl, "pt": [type(model)._auto_class], "type": "text", "default": {}}}
+    name, family = type(model).__name__, model.config.model_type
+    for task, (families, ends, impl) in PIPELINES.items():
+        if family in families and name.endswith(ends):
+            return {task: {"impl": impl, "pt": [type(model)._auto_class], "type": "text", "default": {}}}
+    return {}
+
+
+def _pipeline_code(pipelines: dict[str, Any]) -> set[Path]:
+    """The files of pipelines, with all that they import."""
+    from transformers.dynamic_module_utils import get_relative_import_files
+
+    first = {MODELS / f"{pipeline['impl'].partition('.')[0]}.py" for pipeline in pipelines.values()}
+    return first | {Path(path) for one in first for path in get_relative_import_files(one)}
+
+
+def _descriptions(model: Any) -> dict[str, str] | None:
+    """What a coder's codes mean: the public lists stay behind, and what they say of its labels goes along."""
+    codes = list(model.config.label2id)
+    known = zip(codes, code_descriptions(model, codes), strict=True)
+    return {code: name for code, name in known if name} or None
 
 
 def _save_reading(source: Path, target: Path) -> None:

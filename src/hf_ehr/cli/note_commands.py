@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import pyarrow as pa
-from transformers import TrainingArguments, pipeline
+from transformers import TrainingArguments
 
 from hf_ehr import coder_evaluation
 from hf_ehr.cli._arguments import parse, positional
 from hf_ehr.notes import format_notes_summary, note_leakage, oov_per_note
 from hf_ehr.notes import prepare_notes as prepare
-from hf_ehr.pipelines import TASK, highlight_note
+from hf_ehr.pipelines import highlight_note, open_coder
 from hf_ehr.schema import EhrDataError, shard_paths, write_parquet
 from hf_ehr.training import (
     CODER_RECIPE,
@@ -175,7 +175,7 @@ def highlight(words: list[str]) -> None:
     note = Path(arguments.note)
     if not note.is_file():
         raise EhrDataError(f"`note` must be a text file, and {note} is none. Save the note as UTF-8 text.")
-    coder = pipeline(TASK, model=arguments.model)  # type: ignore[call-overload]
+    coder = open_coder(arguments.model)
     try:
         text = note.read_text(encoding="utf-8")
     except UnicodeDecodeError:

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from .code_decisions import DEFAULT_THRESHOLD, thresholds_of
 from .pipeline_patients import PatientPipeline
 
-DEFAULT_THRESHOLD = 0.5
 STATES = ("admission_state", "stay_state", "pooler_output", "visit_state")
 """Where a model keeps its patients' vectors, the best first; models of visits have those of VISIT_STATES."""
 VISIT_STATES = (
@@ -186,15 +186,6 @@ class PatientFeatureExtractionPipeline(PatientPipeline):
     def frame_rows(self, answer: Any) -> list[dict[str, Any]]:
         """One row with the list `features`."""
         return [{"features": list(map(float, answer))}]
-
-
-def thresholds_of(config: Any, names: Sequence[str], threshold: float | None = None) -> list[float]:
-    """From where on each label counts: `threshold`, its own of the configuration, the common one, 0.5."""
-    if threshold is not None:
-        return [threshold] * len(names)
-    common = getattr(config, "common_threshold", None)
-    own = getattr(config, "thresholds", None) or {}
-    return [own.get(name, DEFAULT_THRESHOLD if common is None else common) for name in names]
 
 
 def _labelled(names: list[str], probabilities: list[float], cuts: list[float]) -> dict[str, Any]:

@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 from transformers import Pipeline
+from transformers.dynamic_module_utils import custom_object_save
+
+from .pipeline_frames import frame_of, is_frame, plain, rows_of
 
 BATCH_SIZE = 32
 DEFAULT_MAX_LENGTH = 512
@@ -75,7 +78,7 @@ class PatientPipeline(_Base):
         size = batch_size or self._batch_size or BATCH_SIZE
         if isinstance(inputs, Mapping):
             return next(self._answers([inputs], 1, kwargs))
-        if hasattr(inputs, "columns"):
+        if is_frame(inputs):
             return self._framed(inputs, size, kwargs)
         if isinstance(inputs, list | tuple):
             return list(self._answers(inputs, size, kwargs))
@@ -86,13 +89,14 @@ class PatientPipeline(_Base):
         return self._answers(inputs, size, kwargs)
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
-        """As in the library, with the processor, which it leaves out.
+        """As in the library, with what it leaves out: the processor, and the code of what came with a folder.
 
         The folder then opens with `trust_remote_code=True` alone: its `custom_pipelines` name this file.
         """
         super().save_pretrained(save_directory, **kwargs)
         if self.processor is not None:
             self.processor.save_pretrained(save_directory)
+        custom_object_save(self, save_directory)
 
     @property
     def reads_visits(self) -> bool:
@@ -124,7 +128,7 @@ class PatientPipeline(_Base):
         for patient, answer in zip(patients, answers, strict=True):
             own = {"subject_id": patient["subject_id"]} if "subject_id" in patient else {}
             rows += [own | row for row in self.frame_rows(answer)]
-        return type(frame)(rows)
+        return frame_of(rows, like=frame)
 
     def frame_rows(self, answer: Any) -> list[dict[str, Any]]:
         """The rows that an answer becomes in a frame."""
@@ -230,7 +234,7 @@ def patients_of(frame: Any) -> list[dict[str, Any]]:
         ValueError: The frame has neither `visits` (or `measurements`) nor `subject_id`, `visit_id` and `code`.
     """
     names = list(frame.columns)
-    rows = [_plain(row) for row in (frame.to_dicts() if hasattr(frame, "to_dicts") else frame.to_dict("records"))]
+    rows = rows_of(frame)
     if "visits" in names or "measurements" in names:
         return rows
     missing = [name for name in ("subject_id", "visit_id", "code") if name not in names]
@@ -251,7 +255,7 @@ def _patient(patient: Any, place: int) -> dict[str, Any]:
         raise ValueError(
             f"`inputs` must hold patients, dicts as {{'visits': [...]}}; number {place} is a {type(patient).__name__}."
         )
-    return _plain(patient)
+    return plain(patient)
 
 
 def _visits_of(patient: dict[str, Any], place: int) -> list[Any]:
@@ -269,14 +273,3 @@ def _history_visit(visit: Any, kinds: Sequence[str]) -> Any:
     if not isinstance(visit, Mapping):
         return visit
     return {kind: visit.get(kind) or [] for kind in kinds} | {"start": visit.get("start")}
-
-
-def _plain(value: Any) -> Any:
-    """Arrays of a frame's cells as lists, NaN as None."""
-    if hasattr(value, "tolist") and not isinstance(value, torch.Tensor):
-        value = value.tolist()
-    if isinstance(value, Mapping):
-        return {name: _plain(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

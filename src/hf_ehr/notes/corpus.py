@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm.auto import tqdm
+
+from hf_ehr.models.note_windows import TextTokens, Windows, cut_windows, text_tokens, window_frame
 
 from .cleaning import CleaningName, clean_with_offsets, steps
 from .tables import SEGMENT_SCHEMA, check_notes
@@ -100,82 +101,36 @@ def segment_notes(
         ValueError: The tokenizer is not a fast one, already cleans text itself, or leaves no room in ``max_length``.
         EhrDataError: ``notes`` breaks the contract.
     """
-    if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(f"`tokenizer` must be a fast one (it keeps offsets), got {type(tokenizer).__name__}.")
+    frame = window_frame(tokenizer, max_length)
     own = tokenizer.init_kwargs.get("cleaning", "none")
     if steps(cleaning) and own != "none":
         raise ValueError(f"`cleaning` must be none: the tokenizer itself cleans ({own}). Leave it out.")
-    before, after = _special_ids(tokenizer)
-    room = max_length - len(before) - len(after)
-    if room < 1:
-        raise ValueError(
-            f"`max_length` must exceed the {len(before) + len(after)} special tokens of a window, got {max_length}."
-        )
     notes = check_notes(notes)
     batches = notes.select(["note_id", "text"]).to_batches(max_chunksize=_BATCH)
     progress = tqdm(batches, desc="Segmenting", unit="batch", disable=len(batches) < 4)
     parts = [
-        _windows(batch["note_id"], *_tokens(batch, tokenizer, cleaning), before, after, room) for batch in progress
+        _table(batch["note_id"], cut_windows(_tokens(batch["text"].to_pylist(), tokenizer, cleaning), frame))
+        for batch in progress
     ]
     return pa.concat_tables(parts) if parts else SEGMENT_SCHEMA.empty_table()
 
 
-def _special_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[np.ndarray, np.ndarray]:
-    """The ids that the tokenizer puts before and behind a text."""
-    encoded = tokenizer("a", return_special_tokens_mask=True, verbose=False)
-    ids, special = np.array(encoded["input_ids"]), np.array(encoded["special_tokens_mask"], bool)
-    own = np.flatnonzero(~special)
-    return ids[: own[0]], ids[own[-1] + 1 :]
+def _tokens(texts: list[str], tokenizer: PreTrainedTokenizerFast, cleaning: CleaningName) -> TextTokens:
+    """Tokens of cleaned texts with their places in the original ones."""
+    if not steps(cleaning):
+        return text_tokens(texts, tokenizer)
+    cleaned = [clean_with_offsets(text, cleaning) for text in texts]
+    tokens = text_tokens([one.text for one in cleaned], tokenizer)
+    cuts = tokens.counts.cumsum()[:-1]
+    spans = zip(cleaned, np.split(tokens.starts, cuts), np.split(tokens.ends, cuts), strict=True)
+    originals = [one.to_original(first, last) for one, first, last in spans]
+    starts, ends = (np.concatenate(part) for part in zip(*originals, strict=True))
+    return tokens._replace(starts=starts, ends=ends)
 
 
-def _tokens(
-    batch: pa.RecordBatch, tokenizer: PreTrainedTokenizerFast, cleaning: CleaningName
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """``(notes,)`` token counts, then ``(tokens,)`` ids and original offsets of the whole batch."""
-    texts = batch["text"].to_pylist()
-    cleaned = [clean_with_offsets(text, cleaning) for text in texts] if steps(cleaning) else None
-    encoded = tokenizer(
-        [one.text for one in cleaned] if cleaned else texts,
-        add_special_tokens=False,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        verbose=False,
-    )
-    counts = np.array([len(ids) for ids in encoded["input_ids"]], np.int64)
-    ids = np.fromiter(chain.from_iterable(encoded["input_ids"]), np.int32, counts.sum())
-    pairs = chain.from_iterable(chain.from_iterable(encoded["offset_mapping"]))
-    starts, ends = np.fromiter(pairs, np.int32, 2 * counts.sum()).reshape(-1, 2).T
-    if cleaned:
-        cuts = counts.cumsum()[:-1]
-        spans = zip(cleaned, np.split(starts, cuts), np.split(ends, cuts), strict=True)
-        originals = [one.to_original(first, last) for one, first, last in spans]
-        starts, ends = (np.concatenate(part) for part in zip(*originals, strict=True))
-    return counts, ids, starts, ends
-
-
-def _windows(
-    note_ids: pa.Array,
-    counts: np.ndarray,
-    ids: np.ndarray,
-    starts: np.ndarray,
-    ends: np.ndarray,
-    before: np.ndarray,
-    after: np.ndarray,
-    room: int,
-) -> pa.Table:
-    """SEGMENTS of a batch: every window is ``before``, up to ``room`` tokens, ``after``."""
-    windows = np.maximum(1, -(-counts // room))
-    note = np.repeat(np.arange(len(counts)), windows)
-    segment = np.arange(len(note)) - np.repeat(windows.cumsum() - windows, windows)
-    held = np.minimum(room, counts[note] - segment * room)  # tokens of each window, special ones not counted
-    offsets = np.concatenate([[0], (held + len(before) + len(after)).cumsum()])
-    place = np.arange(held.sum()) + np.repeat(offsets[:-1] + len(before) - (held.cumsum() - held), held)
-    columns = []
-    for values, fill in ((ids, None), (starts, -1), (ends, -1)):
-        flat = np.full(offsets[-1], -1, np.int32)
-        if fill is None:
-            flat[offsets[:-1, None] + np.arange(len(before))] = before
-            flat[offsets[1:, None] - np.arange(len(after), 0, -1)] = after
-        flat[place] = values
-        columns.append(pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(flat)))
-    return pa.table([note_ids.take(pa.array(note)), pa.array(segment, pa.int32()), *columns], schema=SEGMENT_SCHEMA)
+def _table(note_ids: pa.Array, windows: Windows) -> pa.Table:
+    """SEGMENTS of the windows of a batch."""
+    borders = pa.array(windows.borders, pa.int32())
+    lists = [pa.ListArray.from_arrays(borders, pa.array(one)) for one in (windows.ids, windows.starts, windows.ends)]
+    columns = [note_ids.take(pa.array(windows.texts)), pa.array(windows.segments, pa.int32()), *lists]
+    return pa.table(columns, schema=SEGMENT_SCHEMA)

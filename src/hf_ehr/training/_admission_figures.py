@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from hf_ehr._encoders import evaluating
+from hf_ehr.models.any_encoder import evaluating
 from hf_ehr.models.modeling_contrastive import ContrastiveViews
 from hf_ehr.models.modeling_masked_codes import MaskedCodes, masked_code_losses
 from hf_ehr.models.modeling_medhmp import MedHMPForAdmissionPreTraining

@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
-from hf_ehr._encoders import evaluating
 from hf_ehr.code_thresholds import tune_thresholds
 from hf_ehr.metrics import auroc, average_precision
+from hf_ehr.models.any_encoder import evaluating
 from hf_ehr.models.modeling_ehrtext import EhrTextForICDCoding
 from hf_ehr.models.modeling_gbert import KINDS, code_targets
 from hf_ehr.models.processing_medmplm import MedMPLMProcessor

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedConfig
 
-from hf_ehr._encoders import table_positions
+from hf_ehr.models.any_encoder import table_positions
 from hf_ehr.models.configuration_ehrconcat import EhrConcatConfig
 from hf_ehr.models.configuration_ehrtext import EhrTextConfig
 from hf_ehr.models.configuration_gbert import GBertConfig

@@ -17,9 +17,9 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
-from hf_ehr._encoders import evaluating, table_positions
 from hf_ehr.admission_datasets import NoteVectors, build_admission_examples
 from hf_ehr.gradient_caching import cached_step
+from hf_ehr.models.any_encoder import evaluating, table_positions
 from hf_ehr.models.configuration_medhmp import MedHMPConfig
 from hf_ehr.models.modeling_medhmp import MedHMPForAdmissionClassification, MedHMPForAdmissionPreTraining
 from hf_ehr.models.modeling_medhmp_transfer import load_stage, with_note_encoder

@@ -17,7 +17,6 @@ import pyarrow.compute as pc
 import torch
 from transformers import AutoTokenizer, EarlyStoppingCallback, PreTrainedConfig, Trainer, TrainingArguments
 
-from hf_ehr._encoders import table_positions
 from hf_ehr.datasets import split_patients
 from hf_ehr.entity_corpora import read_i2b2_2010
 from hf_ehr.entity_datasets import (
@@ -29,6 +28,7 @@ from hf_ehr.entity_datasets import (
     tag_names,
 )
 from hf_ehr.entity_tags import Entity, entities_of_tags
+from hf_ehr.models.any_encoder import table_positions
 from hf_ehr.models.configuration_ehrtagger import EhrTaggerConfig
 from hf_ehr.models.configuration_medmplm import MedMPLMConfig
 from hf_ehr.models.modeling_ehrtagger import EhrTaggerForTokenClassification

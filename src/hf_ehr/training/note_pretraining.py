@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, AutoTokenizer, Trainer, TrainingArguments
 
-from hf_ehr._encoders import table_positions
+from hf_ehr.models.any_encoder import table_positions
 from hf_ehr.models.configuration_ehrbert import EhrBertConfig
 from hf_ehr.models.modeling_ehrbert import EhrBertForMaskedLM, EhrBertForPreTraining, EhrBertPreTrainedModel
 from hf_ehr.models.modeling_ehrbert_embeddings import extend_position_embeddings

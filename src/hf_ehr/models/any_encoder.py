@@ -1,7 +1,5 @@
 """What is asked of a model whatever its encoder: evaluation mode, and how much it reads at once."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -1,10 +1,8 @@
 """Integrated gradients of a coding model over a note of any length (Sundararajan, Taly & Yan, ICML 2017, Eq 1).
 
 Each token's part in the score of a code, along the straight way from a note that says nothing to the note: the words'
-embeddings become that of ``[PAD]``, special tokens stay. The parts add up to the difference of the two scores.
+embeddings become that of `[PAD]`, special tokens stay. The parts add up to the difference of the two scores.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,9 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_ehr._encoders import evaluating
-from hf_ehr._scores import Array
-from hf_ehr.explanations import SEGMENTS_AT_A_TIME, EncodedNotes, NoteEvidence, segment_texts
+from .any_encoder import evaluating
+from .note_evidence import SEGMENTS_AT_A_TIME, EncodedNotes, NoteEvidence, segment_texts
 
 STEPS = 32
 """Nodes of the Gauss-Legendre rule; so many passes through the encoder does one note cost."""
@@ -32,7 +29,7 @@ def integrated_gradient_evidence(
 ) -> NoteEvidence:
     """What speaks for codes in a note: the positive part of its tokens' integrated gradients.
 
-    Works with every head; takes and raises what :func:`hf_ehr.explanations.label_attention_evidence` does, and
+    Works with every head; takes and raises what `hf_ehr.explanations.label_attention_evidence` does, and
 
     Args:
         steps: Nodes of the integral.
@@ -43,23 +40,23 @@ def integrated_gradient_evidence(
 
 
 def positive_evidence(note: EncodedNotes, label_ids: Sequence[int], steps: int = STEPS) -> NoteEvidence:
-    """:func:`integrated_gradients` above 0, as evidence."""
+    """[`integrated_gradients`] above 0, as evidence."""
     return NoteEvidence(np.maximum(integrated_gradients(note, label_ids, steps), 0), note.segments.offsets)
 
 
-def integrated_gradients(note: EncodedNotes, label_ids: Sequence[int], steps: int = STEPS) -> Array:
+def integrated_gradients(note: EncodedNotes, label_ids: Sequence[int], steps: int = STEPS) -> np.ndarray:
     """Signed parts of all tokens but padding in the scores of codes, before the sigmoid.
 
     Args:
         note: Notes behind their encoder, in evaluation mode; each token counts for the codes of its own note.
-        label_ids: Ids of ``config.label2id``.
+        label_ids: Ids of `config.label2id`.
         steps: Nodes of the integral.
 
     Returns:
         (labels, tokens) float32.
 
     Raises:
-        ValueError: ``steps`` is below 1, or a label does not exist.
+        ValueError: `steps` is below 1, or a label does not exist.
     """
     if steps < 1:
         raise ValueError(f"`steps` must be at least 1, got {steps}.")
