@@ -13,7 +13,7 @@ export HF_EHR_TEST_DATA := $(abspath ../shared/data)
 endif
 endif
 
-.PHONY: help quickstart test test-slow check coverage benchmarks
+.PHONY: help quickstart test test-slow check coverage benchmarks docs
 
 help: ## Print this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "make %-12s %s\n", $$1, $$2 }'
@@ -41,13 +41,17 @@ coverage: .venv/.installed-dev ## Run the tests and list the lines that none of 
 benchmarks: .venv/.installed-dev ## Print the paired speed and memory ratios of benchmarks/README.md
 	set -e; for script in benchmarks/[!_]*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
+# The theme prints news of its makers unless told not to.
+docs: .venv/.installed-docs ## Build the documentation into site/; any warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 .venv/.created:
 	@command -v $(PYTHON) >/dev/null || { echo "Python $(PYTHON_FLOOR) or newer is needed, and '$(PYTHON)' is not on the PATH. Name one: make PYTHON=/path/to/python3 ..."; exit 1; }
 	@$(PYTHON) -c "import sys; floor = tuple(map(int, '$(PYTHON_FLOOR)'.split('.'))); sys.exit(0 if sys.version_info[:2] >= floor else 'Python $(PYTHON_FLOOR) or newer is needed, $(PYTHON) is ' + sys.version.split()[0] + '. Name a newer one: make PYTHON=/path/to/python3 ...')"
 	$(PYTHON) -m venv .venv
 	@touch $@
 
-# `make quickstart` and `make test` want different extras of the same package: .installed-dev, .installed-quickstart.
+# `make quickstart`, `make test` and `make docs` want different extras of the same package: .installed-dev, ….
 .venv/.installed-%: pyproject.toml constraints.txt .venv/.created
 	$(BIN)/python -m pip install --no-input --disable-pip-version-check -c constraints.txt -e ".[$*]"
 	@touch $@

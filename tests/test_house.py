@@ -6,6 +6,7 @@ import csv
 import importlib
 import inspect
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -406,12 +407,13 @@ def test_the_map_of_files_in_the_readme_is_complete():
 
 def test_the_python_code_in_the_readme_runs(tmp_path, monkeypatch):
     torch = pytest.importorskip("torch")
-    folder = tmp_path / "quickstart-output" / "model-1000"
+    folder = tmp_path / "classifier"
     tokenizer = hf_ehr.EhrCodeTokenizer.from_codes(["ICD10CM/I10", "ICD10CM/E11"])
     torch.manual_seed(0)
     config = hf_ehr.MedBertConfig.tiny(vocab_size=len(tokenizer), num_labels=2)
     hf_ehr.MedBertForSequenceClassification(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    shutil.copytree(folder, tmp_path / "classifier-published")
     words = words_of("Known asthma. Hip fracture on the left.")
     random_coder(words, "ICD10CM/J45.909", "ICD10CM/S72.002A").save_pretrained(tmp_path / "coder")
     words.save_pretrained(tmp_path / "coder")
