@@ -24,7 +24,7 @@ from hf_ehr.reports import MANDATORY_ROWS
 from hf_ehr.schema import EhrDataError
 from hf_ehr.tasks import LeakageError, SplitManifest
 from hf_ehr.training import DataArguments, FinetuneArguments, PretrainArguments
-from hf_ehr.training._runs import last_checkpoint
+from hf_ehr.training._runs import Run, last_checkpoint
 from hf_ehr.training.finetuning import positive, set_probe
 from tests.builders import patient, records, visit
 
@@ -110,6 +110,13 @@ def test_a_tokenizer_of_other_patients_is_refused(data, pretrained, tmp_path):
     options = PretrainArguments(preset="tiny", tokenizer=str(pretrained))
     with pytest.raises(LeakageError, match="L5"):
         training.pretrain(DataArguments(data=data.data, split_seed=1), options, arguments(tmp_path))
+
+
+def test_options_may_be_longer_than_the_name_of_a_file(data, tmp_path):
+    long = json.dumps({"initializer_range": 0.02, "label2id": {f"label {n}": n for n in range(40)}})
+    assert len(long) > 255
+    run = Run(arguments(tmp_path), "made.json", PretrainArguments(model_options=long))
+    assert run.digest != Run(arguments(tmp_path / "other"), "made.json", PretrainArguments()).digest
 
 
 def test_few_shot_subsets_are_nested_and_of_training_patients(data, pretrained):

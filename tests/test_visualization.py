@@ -64,6 +64,14 @@ def test_the_label_efficiency_curve_draws_values_and_intervals(tmp_path, figures
         np.testing.assert_allclose(ends, [[figure.low, figure.high] for figure in curve.values()])
 
 
+def test_no_two_of_many_models_look_alike(tmp_path, figures):
+    many = {f"row {number}": CURVES["Med-BERT"] for number in range(len(COLORS) + 4)}
+    label_efficiency_curve(many, tmp_path / "curve.png")
+    lines = [container[0] for container in figures[0].axes[0].containers]
+    assert len({(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines}) == len(many)
+    assert {line.get_linestyle() for line in lines[: len(COLORS)]} == {"-"}
+
+
 def test_nothing_is_clipped_and_the_legend_covers_no_data(tmp_path, figures):
     many = {f"A model with a rather long name, number {i}": CURVES["Med-BERT"] for i in range(8)}
     label_efficiency_curve(many, tmp_path / "curve.png")

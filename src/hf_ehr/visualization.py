@@ -315,14 +315,21 @@ def wilson_interval(positives: Array, rows: Array, z: float = 1.959964) -> tuple
     return np.clip(centre - half, 0, 1), np.clip(centre + half, 0, 1)
 
 
+def style_of(index: int) -> dict[str, str]:
+    """Colour, marker and line of a model; those after the palette's end are dashed, with other markers."""
+    turn, place = divmod(index, len(COLORS))
+    return {
+        "color": COLORS[place], "marker": MARKERS[(place + turn) % len(MARKERS)], "linestyle": "--" if turn else "-",
+    }  # fmt: skip
+
+
 def _draw_curve(axes: Axes, name: str, curve: Mapping[int, Interval], index: int, shift: float) -> None:
     """One model; ``shift`` (on the log axis) keeps the bars of several models apart."""
     sizes = sorted(curve)
     x = np.asarray(sizes) * np.exp(shift)
     value, low, high = (np.array([getattr(curve[size], end) for size in sizes]) for end in ("value", "low", "high"))
-    color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
     axes.errorbar(
-        x, value, np.maximum([value - low, high - value], 0), label=name, color=color, marker=marker,
+        x, value, np.maximum([value - low, high - value], 0), label=name, **style_of(index),
         markersize=5, linewidth=1.6, elinewidth=1.1, capsize=3,
     )  # fmt: skip
 
@@ -343,9 +350,8 @@ def _draw_reliability(axes: Axes, name: str, y: Array, p: Array, bins: int, inde
     mean, positives, rows = reliability(y, p, bins)
     rate = positives / rows
     low, high = wilson_interval(positives, rows)
-    color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
     axes.errorbar(
-        mean, rate, np.maximum([rate - low, high - rate], 0), label=name, color=color, marker=marker,
+        mean, rate, np.maximum([rate - low, high - rate], 0), label=name, **style_of(index),
         markersize=5, linewidth=1.4, elinewidth=1.1, capsize=3, zorder=2,
     )  # fmt: skip
     return float(max(high.max(), mean.max(), np.quantile(p, 0.995)))

@@ -205,7 +205,8 @@ class Run:
 
 def _content(value: Any) -> Any:
     """An option; of a folder a digest of the files that make a model, a tokenizer or prepared data what they are."""
-    if not isinstance(value, str) or not value or not Path(value).is_dir():
+    # Not `Path.is_dir`, which raises where JSON is longer than the name of a file may be.
+    if not isinstance(value, str) or not os.path.isdir(value):
         return value
     # A processor keeps its tokenizers in folders of their own.
     found = [*Path(value).iterdir(), *Path(value).glob("*_tokenizer/*")]

@@ -19,7 +19,7 @@ from hf_ehr.metrics import auroc, average_precision, best_f1_threshold, f1_at
 from hf_ehr.schema import atomic_path
 from hf_ehr.training._runs import quiet, run_arguments
 from hf_ehr.training.finetuning import positive
-from hf_ehr.visualization import COLORS, MARKERS, _decorate, _figure, _legend_beside
+from hf_ehr.visualization import _decorate, _figure, _legend_beside, style_of
 
 FIGURES = ("auroc", "average_precision", "f1", "best_f1")
 
@@ -120,8 +120,7 @@ def convergence_curve(curves: Mapping[str, Mapping[str, np.ndarray]], path: Path
             panels, {"best_f1": "F1, best threshold", "auroc": "AUROC"}.items(), strict=True
         ):
             for index, (row, values) in enumerate(curves.items()):
-                style = {"color": COLORS[index % len(COLORS)], "marker": MARKERS[index % len(MARKERS)]}
-                axes.plot(values["epoch"], values[name], label=row, markersize=4, linewidth=1.4, **style)
+                axes.plot(values["epoch"], values[name], label=row, markersize=4, linewidth=1.4, **style_of(index))
             axes.set(xlabel="Epoch", ylabel=label)
             _decorate(axes)
         _legend_beside(panels[-1])
