@@ -126,7 +126,7 @@ def _outcome(config: Any, label: str | None) -> tuple[int, str]:
     names = [config.id2label[place] for place in range(len(config.id2label))]
     if label is None and len(names) == 2 and config.problem_type != "multi_label_classification":
         return 1, names[1]
-    if label not in names:
+    if label is None or label not in names:
         shown = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
         raise ValueError(f"`label` must be an outcome of the model ({shown}), got {label!r}. Name one of them.")
     return names.index(label), label

@@ -315,7 +315,7 @@ def wilson_interval(positives: Array, rows: Array, z: float = 1.959964) -> tuple
     return np.clip(centre - half, 0, 1), np.clip(centre + half, 0, 1)
 
 
-def style_of(index: int) -> dict[str, str]:
+def style_of(index: int) -> dict[str, Any]:
     """Colour, marker and line of a model; those after the palette's end are dashed, with other markers."""
     turn, place = divmod(index, len(COLORS))
     return {

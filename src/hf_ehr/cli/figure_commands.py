@@ -125,7 +125,8 @@ def explain(words: list[str]) -> None:
     if architecture.endswith("ForICDCoding"):
         raise ValueError(f"`model` must be a classifier of patients, got {architecture}. Use: hf-ehr highlight")
     # Named by class: by task name alone the library asks to trust the copy of it in a published folder.
-    predictor = pipeline("risk-prediction", model=arguments.model, pipeline_class=RiskPredictionPipeline)
+    kind: Any = RiskPredictionPipeline
+    predictor = pipeline("risk-prediction", model=arguments.model, pipeline_class=kind)  # type: ignore[call-overload]
     found = explain_risk(predictor, _patient(arguments, predictor), label=arguments.label)
     output = Path(arguments.output)
     write_contributions(found, output / "contributions.csv")

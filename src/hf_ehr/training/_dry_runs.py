@@ -106,7 +106,8 @@ class _Rehearsal(TrainerCallback):
             raise _StopAsPlanned
 
     def _plan(self, args, state) -> TrainingPlan:
-        model, data = self.trainer.model, self.trainer.train_dataset
+        model: Any = self.trainer.model
+        data: Any = self.trainer.train_dataset
         timed = self.times[1:]
         sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
         return TrainingPlan(

@@ -256,6 +256,6 @@ def check_config_fields(given: Any, kind: type, name: str) -> None:
     """
     if not isinstance(given, Mapping):
         raise ValueError(f'`{name}` must be a JSON object, got {given!r}. Write {{"field": value}}.')
-    known = {item.name for item in fields(kind)}  # type: ignore[arg-type]
+    known = {item.name for item in fields(kind)}
     if unknown := sorted(set(given) - known):
         raise ValueError(f"`{name}` must be fields of {kind.__name__}, got {unknown}. See its documentation.")
