@@ -27,24 +27,29 @@ def losses(model, ids):
     return found
 
 
-torch.distributed.init_process_group("gloo")
-mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
-wrapped = yaml.safe_load(Path(sys.argv[1]).read_text())["fsdp_config"]["fsdp_transformer_layer_cls_to_wrap"].split(",")
-torch.manual_seed(0)
-sizes = {"vocab_size": 40, "hidden_size": 16, "num_attention_heads": 2}
-config = MedBertConfig.tiny(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-whole = MedBertForMaskedLM(config)
-sharded = copy.deepcopy(whole)
-for module in list(sharded.modules()):
-    if type(module).__name__ in wrapped:
-        fully_shard(module, mesh=mesh)
-fully_shard(sharded, mesh=mesh)
-ids = torch.randint(6, 40, (4, 9))
-line = {
-    "whole": losses(whole, ids),
-    "sharded": losses(sharded, ids),
-    "held": sum(parameter.to_local().numel() for parameter in sharded.parameters()),
-    "all": whole.num_parameters(),
-}
-(Path(sys.argv[2]) / f"{torch.distributed.get_rank()}.json").write_text(json.dumps(line))
-torch.distributed.destroy_process_group()
+def main(configuration: Path, output: Path) -> None:
+    torch.distributed.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    wrapped = yaml.safe_load(configuration.read_text())["fsdp_config"]["fsdp_transformer_layer_cls_to_wrap"].split(",")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_attention_heads": 2}
+    config = MedBertConfig.tiny(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    whole = MedBertForMaskedLM(config)
+    sharded = copy.deepcopy(whole)
+    for module in list(sharded.modules()):
+        if type(module).__name__ in wrapped:
+            fully_shard(module, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    ids = torch.randint(6, 40, (4, 9))
+    line = {
+        "whole": losses(whole, ids),
+        "sharded": losses(sharded, ids),
+        "held": sum(parameter.to_local().numel() for parameter in sharded.parameters()),
+        "all": whole.num_parameters(),
+    }
+    (output / f"{torch.distributed.get_rank()}.json").write_text(json.dumps(line))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

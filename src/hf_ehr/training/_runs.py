@@ -42,6 +42,8 @@ IDENTITY = (
     "config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "preprocessor_config.json",
     "processor_config.json", "dataset.json",
 )  # fmt: skip
+CONFIG_PARAMETERS = {"num_labels", "attn_implementation"}
+"""What every configuration takes beside its fields."""
 PREDICT_TOKENS = 65_536
 """Codes scored at a time outside training."""
 
@@ -256,6 +258,6 @@ def check_config_fields(given: Any, kind: type, name: str) -> None:
     """
     if not isinstance(given, Mapping):
         raise ValueError(f'`{name}` must be a JSON object, got {given!r}. Write {{"field": value}}.')
-    known = {item.name for item in fields(kind)}
+    known = {item.name for item in fields(kind)} | CONFIG_PARAMETERS
     if unknown := sorted(set(given) - known):
         raise ValueError(f"`{name}` must be fields of {kind.__name__}, got {unknown}. See its documentation.")
