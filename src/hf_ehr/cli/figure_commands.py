@@ -138,9 +138,7 @@ def explain(words: list[str]) -> None:
     for name, change in shown.items():
         print(f"{change:+7.3f}  {name}")
     if still := len(found.contributions) - len(moving):
-        print(
-            f"{still} of {len(found.contributions)} parts change nothing; most are codes that the model does not know."
-        )
+        print(f"{still} of {len(found.contributions)} parts change nothing.")
     if not shown:
         raise EhrDataError(
             "Nothing that can be left out changes the risk. Choose a patient whose codes the model knows."
