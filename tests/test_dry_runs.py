@@ -60,9 +60,18 @@ def test_it_knows_what_the_folder_holds(data, tmp_path, capsys):
 
 def test_a_run_that_was_stopped_would_go_on(data, tmp_path, capsys):
     words = ["pretrain", "medbert", "--data", str(data), "--output_dir", str(tmp_path / "model"), *RUN]
+    assert main(words) == 0
+    marker = tmp_path / "model" / "pretraining.json"
+    digest = json.loads(marker.read_text())["run"]
+    marker.unlink()
     checkpoint = tmp_path / "model" / "checkpoint-2"
-    checkpoint.mkdir(parents=True)
+    checkpoint.mkdir()
     (checkpoint / "trainer_state.json").write_text("{}")
+    assert main([*words, "--dry-run"]) == 0  # checkpoints of which nobody knows what they are
+    assert "this one would be refused" in capsys.readouterr().out
+    assert main(words) == 2
+    (tmp_path / "model" / "run.json").write_text(json.dumps({"run": digest}))
+    capsys.readouterr()
     assert main([*words, "--dry-run"]) == 0
     assert f"It would go on from {checkpoint}." in capsys.readouterr().out
 

@@ -191,11 +191,11 @@ class Run:
         """What the run that was begun in `rehearsed` finds in `folder`, as a sentence; empty for nothing."""
         digest = Run._read(rehearsed / RUN_FILE)
         markers = {path: Run._read(path) for path in folder.glob("*.json")} if folder.is_dir() else {}
-        if any(found not in ("", digest) for found in markers.values()):
+        checkpoint, known = last_checkpoint(folder), set(markers.values()) - {""}
+        if known - {digest} or (not known and any(folder.glob("checkpoint-*"))):
             return f"{folder} holds another run, and this one would be refused: choose another `output_dir`."
         if digest in (found for path, found in markers.items() if path.name != RUN_FILE):
             return f"{folder} holds this very run, finished: it would return at once."
-        checkpoint = last_checkpoint(folder)
         return "" if checkpoint is None else f"It would go on from {checkpoint}."
 
     @staticmethod
@@ -239,14 +239,14 @@ def json_options(text: str, name: str) -> dict[str, Any]:
         raise ValueError(f"`{name}` must be a JSON object, got {text!r}: {error}.") from error
 
 
-def config_options(text: str, kind: type, name: str = "model_options") -> dict[str, Any]:
-    """Fields of a configuration that the command line takes as JSON, an object within them (`code_config`) included.
+def config_options(text: str, kind: type) -> dict[str, Any]:
+    """Fields of a configuration that the command line takes as JSON.
 
     Raises:
         ValueError: The text is no JSON object, or names no field of `kind`: the library would take it without a word.
     """
-    given = json_options(text, name)
-    check_config_fields(given, kind, name)
+    given = json_options(text, "model_options")
+    check_config_fields(given, kind, "model_options")
     return given
 
 
