@@ -8,6 +8,10 @@ from transformers import PreTrainedConfig
 
 from .code_tree import check_parents, code_parents, flat_parents
 
+TINY_SIZES = {"hidden_size": 32, "intermediate_size": 32, "initializer_range": 0.1}
+"""A start at 0.02, meant for hundreds of features, lets hardly anything through 32 of them: nothing is learned for
+thousands of steps."""
+
 
 @strict
 class GBertConfig(PreTrainedConfig):
@@ -115,7 +119,7 @@ class GBertConfig(PreTrainedConfig):
     @classmethod
     def tiny(cls, **overrides: Any) -> "GBertConfig":
         """Width 32, for tests, examples and the quickstart."""
-        return cls(**({"hidden_size": 32, "intermediate_size": 32} | overrides))
+        return cls(**(TINY_SIZES | overrides))
 
     def tree(self, kind: str) -> list[int]:
         """The parents of `diagnosis` or `medication`."""

@@ -6,7 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from .configuration_gbert import GBertConfig
+from .configuration_gbert import TINY_SIZES, GBertConfig
 
 # What may be given is checked; afterwards it is a configuration, of a class that its user names.
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class MedMPLMConfig(PreTrainedConfig):
         """Codes of width 32 and a BERT of width 32 with 2 layers, for tests, examples and the quickstart."""
         bert = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
         sizes: dict[str, Any] = {"code_config": GBertConfig.tiny(), "note_config": {"model_type": "bert"} | bert}
-        return cls(**(sizes | overrides))
+        return cls(**(sizes | {"initializer_range": TINY_SIZES["initializer_range"]} | overrides))
 
     def validate_layers(self):
         """There are as many layers of text as are frozen."""

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from hf_ehr.models.any_encoder import table_positions
 from hf_ehr.models.configuration_ehrconcat import EhrConcatConfig
 from hf_ehr.models.configuration_ehrtext import EhrTextConfig
-from hf_ehr.models.configuration_gbert import GBertConfig
+from hf_ehr.models.configuration_gbert import TINY_SIZES, GBertConfig
 from hf_ehr.models.configuration_medbert import MedBertConfig
 from hf_ehr.models.configuration_medmplm import MedMPLMConfig
 from hf_ehr.models.configuration_visitrnn import VisitRnnConfig
@@ -63,7 +63,7 @@ def new_visit_model(options: VisitPretrainArguments, processor: MedMPLMProcessor
     check_config_fields(fields.get("code_config", {}), GBertConfig, "code_config")
     tokens = [_tokens(tokenizer) for tokenizer in processor.code_tokenizers.values()]
     heads = {"num_attention_heads": 2} if options.preset == "paper" else {}
-    sizes = {"hidden_size": 32, "intermediate_size": 32} if options.preset == "tiny" else heads
+    sizes = TINY_SIZES if options.preset == "tiny" else heads
     if options.architecture == "gbert":
         return GBertForPreTraining(GBertConfig.from_vocabularies(*tokens, **(sizes | fields)))
     codes = GBertConfig.from_vocabularies(*tokens, **(sizes | fields.pop("code_config", {})))
@@ -296,7 +296,7 @@ def _gbert_of_visits(options: VisitBaselineArguments, processor: MedMPLMProcesso
     """G-BERT over the vocabularies of the processor; and no further fields."""
     tokens = [_tokens(tokenizer) for tokenizer in processor.code_tokenizers.values()]
     if options.code_encoder is None:
-        sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32} if options.preset == "tiny" else {}
+        sizes = TINY_SIZES if options.preset == "tiny" else {}
         return GBertModel(GBertConfig.from_vocabularies(*tokens, **sizes)), {}
     theirs = MedMPLMProcessor.from_pretrained(options.code_encoder)
     if [_tokens(tokenizer) for tokenizer in theirs.code_tokenizers.values()] != tokens:
