@@ -214,8 +214,8 @@ def test_a_config_that_exists_is_valid(fields, message):
 
 
 def test_the_tiny_one_learns_in_200_steps_which_drug_goes_with_which_diagnosis():
-    """Of 20 drugs a visit has the two that its two diagnoses ask for: told from the diagnoses alone the loss goes to 0,
-    told from nothing it stays at the entropy of 10 %."""
+    """Of 20 drugs a visit has the two that its two diagnoses ask for: told from the diagnoses the loss goes to 0, told
+    from nothing it stays at the entropy of 10 %."""
     torch.manual_seed(0)
     model = GBertForPreTraining(GBertConfig.tiny(diagnosis_vocab_size=20 + 5, medication_vocab_size=20 + 5))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
