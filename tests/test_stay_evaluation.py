@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification
 from hf_ehr.cli.main import main
 from hf_ehr.intervals import patient_bootstrap
 from hf_ehr.metrics import event1
-from hf_ehr.schema import LABEL_SCHEMA, DatasetInfo, shard_name
+from hf_ehr.schema import EVENT_SCHEMA, LABEL_SCHEMA, DatasetInfo, shard_name
 from hf_ehr.stay_evaluation import (
     REFERENCE,
     STAY_BASELINES,
@@ -24,6 +24,7 @@ from hf_ehr.stay_evaluation import (
     _same_preparation,
     _strangers,
     event1_scores,
+    stay_units,
     write_results,
 )
 from hf_ehr.tasks.audit import LeakageError
@@ -120,6 +121,27 @@ def test_few_positives_are_said_to_prove_nothing(tmp_path):
     table = write_results(made_up(60), tmp_path, "few", [])
     assert "prove nothing" in table.read_text()
     assert not (tmp_path / "subgroups.png").exists()
+
+
+def test_a_stay_is_of_the_unit_that_its_first_admission_names_and_small_units_have_no_name(tmp_path):
+    edges = [(20, "admission", "Step-down"), (10, "admission", "MICU"), (5, "measurement", "left arm")]
+    rows = [
+        {"subject_id": stay // 2, "time": day(hour), "code": "Stay/icu", "stay_id": stay, "kind": kind,
+         "text_value": "Burns" if stay >= 30 and kind == "admission" else text}
+        for stay in range(52) for hour, kind, text in edges if stay != 7
+    ]  # fmt: skip
+    rows += [{"subject_id": 3, "time": day(1), "code": "Stay/icu", "stay_id": 7, "kind": "admission"}]
+    (tmp_path / "events").mkdir()
+    for shard, part in enumerate((rows[:39], rows[39:])):
+        columns = {name: [row.get(name) for row in part] for name in EVENT_SCHEMA.names}
+        pq.write_table(pa.table(columns, schema=EVENT_SCHEMA), tmp_path / "events" / shard_name(shard, 2))
+    stays = np.array([40, 7, *range(30), 99])
+    found = stay_units(tmp_path, stays // 2, stays).tolist()
+    expected = {7: None, 40: "other", 99: None}
+    assert found == [expected.get(stay, "MICU") for stay in stays.tolist()]
+    every = np.arange(30, 52)
+    assert stay_units(tmp_path, every // 2, every).tolist() == ["Burns"] * 22  # eleven patients
+    assert stay_units(tmp_path, every[2:] // 2, every[2:]).tolist() == ["other"] * 20
 
 
 def admissions(folder):

@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForSequenceClassification, TrainingArguments
 
 from . import baselines, training
@@ -23,7 +26,7 @@ from .metrics import best_f1_threshold, event1
 from .models.feature_extraction_hourly import HourlyFeatureExtractor
 from .models.processing_medhmp import MedHMPProcessor
 from .reports import FEW_POSITIVES, Result, _markdown, _record, csv_text, evaluate_rows, finite
-from .schema import DatasetInfo, atomic_path
+from .schema import DatasetInfo, atomic_path, shard_paths
 from .stay_baselines import STAY_BASELINES, UNIT_TYPES, StaySummaries, admission_summaries, stay_summaries
 from .subgroups import age_bands, subgroup_lines, subgroups, write_subgroups
 from .tasks.audit import OneShotTest, SplitManifest
@@ -31,6 +34,7 @@ from .training import SPLITS_FILE, stays
 from .training._runs import arguments_from
 from .training.stays import StayArguments, StayFinetuneArguments
 from .visualization import calibration_plot, decision_curve, subgroup_plot
+from .vocabulary import MIN_PATIENTS
 
 if TYPE_CHECKING:
     import datasets
@@ -195,7 +199,7 @@ def compare(
     truth = OneShotTest(np.asarray(parts["test"]["labels"])).read()
     test = {name: p.test for name, p in predictions.items()}
     patients = np.asarray(parts["test"]["subject_id"])
-    groups = _groups(summaries["test"].fields)
+    groups = _groups(level, where["test"].data, summaries["test"])
     return StayComparison(test, thresholds, truth, patients, len(parts["train"]), groups)
 
 
@@ -314,7 +318,38 @@ def _age_sex(part: StaySummaries) -> pa.Table:
     return pa.table({"labels": part.labels, "age": part.fields["age"], "sex": sex})
 
 
-def _groups(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Sex, age band and, where it is known, the type of the unit."""
+def _groups(level: Level, data: str, test: StaySummaries) -> dict[str, Any]:
+    """Sex, age band and, where it is known, the type of the unit: a variable, or the wording of a stay's admission."""
+    fields = test.fields
     units = [fields[name] for name in UNIT_TYPES if name in fields]
-    return {"sex": fields["sex"], "age": age_bands(fields["age"]), **({"unit": units[0]} if units else {})}
+    if not units and level.name == "stays":
+        units = [stay_units(data, test.subject_id, test.stay_id)]
+    known = any(unit is not None for values in units for unit in values)
+    return {"sex": fields["sex"], "age": age_bands(fields["age"]), **({"unit": units[0]} if known else {})}
+
+
+def stay_units(data: str | Path, subject_ids: np.ndarray, stay_ids: np.ndarray) -> np.ndarray:
+    """The unit that each stay begins in, as EVENTS word its admission, a shard at a time.
+
+    Args:
+        data: Prepared folder.
+        subject_ids: Patient of each row, (rows,).
+        stay_ids: Its stay, (rows,).
+
+    Returns:
+        (rows,) of text; None where there is no wording, ``other`` for a unit of fewer than ``MIN_PATIENTS`` of these
+        patients.
+    """
+    rows = pl.DataFrame({"subject_id": subject_ids, "stay_id": stay_ids})
+    found = [
+        pl.DataFrame(pq.ParquetFile(path).read(columns=["stay_id", "time", "kind", "text_value"]))
+        .filter(pl.col("kind") == "admission", pl.col("stay_id").is_in(rows["stay_id"].unique().implode()))
+        .sort("time")
+        .unique("stay_id", keep="first", maintain_order=True)
+        for path in tqdm(shard_paths(data, "events"), desc="Reading units", unit="shard")
+    ]
+    units = rows.join(pl.concat(found), on="stay_id", how="left", maintain_order="left").with_columns(
+        patients=pl.col("subject_id").n_unique().over("text_value")
+    )
+    rare = pl.col("text_value").is_not_null() & (pl.col("patients") < MIN_PATIENTS)
+    return units.select(pl.when(rare).then(pl.lit("other")).otherwise("text_value")).to_series().to_numpy()
