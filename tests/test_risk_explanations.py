@@ -8,6 +8,7 @@ import math
 
 import pytest
 
+from hf_ehr import EhrCodeTokenizer
 from hf_ehr.cli.main import main
 from hf_ehr.risk_explanations import explain_risk, patient_from
 from tests.test_pipelines_patients import (
@@ -140,6 +141,16 @@ def test_the_command_writes_a_figure_and_every_part(folder, tmp_path, capsys):
     assert (tmp_path / "whole" / "explanation.png").read_bytes().startswith(b"\x89PNG")
     assert main([*words, "--output", str(tmp_path / "two"), "--visits", "2"]) == 0
     assert len((tmp_path / "two" / "contributions.csv").read_text().splitlines()) == 4
+
+
+def test_two_codes_that_differ_in_their_vocabulary_alone_have_a_line_each(tmp_path, capsys):
+    codes = ["ICD10CM/I10", "ICD9CM/I10", "ICD9CM/428.0"]
+    EhrCodeTokenizer.from_codes(codes, kinds=["diagnoses"]).save_pretrained(tmp_path)
+    medbert(vocab_size=len(codes) + 5, **labels("none", "heart_failure")).save_pretrained(tmp_path)
+    (tmp_path / "patient.json").write_text(json.dumps({"visits": [codes]}))
+    words = ["explain", "--model", str(tmp_path), "--patient", str(tmp_path / "patient.json")]
+    assert main([*words, "--output", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.count("visit 1: I10") == 2
 
 
 @pytest.mark.parametrize(

@@ -246,7 +246,7 @@ def subgroup_plot(groups: Sequence[Subgroup], path: str | Path, *, title: str = 
 
 
 def contribution_plot(
-    contributions: Mapping[str, float],
+    contributions: Sequence[tuple[str, float]],
     path: str | Path,
     *,
     course: Sequence[float] = (),
@@ -256,7 +256,7 @@ def contribution_plot(
     """Draws what raises and what lowers a risk as bars, and beside them the risk after each visit.
 
     Args:
-        contributions: Part → change of the log-odds, the greatest above.
+        contributions: (part, change of the log-odds) of each, the greatest above. Two parts may have one name.
         path: The PNG to write.
         course: Probability after each visit; empty for none.
         threshold: From which on the model says yes: a dashed line.
@@ -273,10 +273,10 @@ def contribution_plot(
     with _figure(path, (8.5 if len(course) < 2 else 12.0, height)) as figure:
         panels = figure.subplots(1, 1 if len(course) < 2 else 2, width_ratios=None if len(course) < 2 else (3, 2))
         axes, *rest = np.atleast_1d(panels)
-        changes = list(contributions.values())
+        names, changes = zip(*contributions, strict=True)
         axes.barh(range(len(changes)), changes, color=[up if change > 0 else down for change in changes], height=0.7)
         axes.axvline(0, color="0.3", linewidth=1)
-        axes.set_yticks(range(len(changes)), [_shortened(name) for name in contributions])
+        axes.set_yticks(range(len(changes)), [_shortened(name) for name in names])
         axes.set_ylim(len(changes) - 0.4, -0.6)
         axes.margins(x=0.08)
         axes.set_xlabel("Change of the log-odds: left lowers, right raises the risk")

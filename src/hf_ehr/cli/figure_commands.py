@@ -131,11 +131,11 @@ def explain(words: list[str]) -> None:
     output = Path(arguments.output)
     write_contributions(found, output / "contributions.csv")
     moving = [one for one in found.contributions if abs(one.log_odds) >= LEAST_CHANGE]
-    shown = {_title(one): one.log_odds for one in moving[: arguments.top_k]}
+    shown = [(_title(one), one.log_odds) for one in moving[: arguments.top_k]]
     decision = "" if found.threshold is None else f", threshold {found.threshold:.1%}"
     heading = f"{found.label}: {found.probability:.1%}{decision}"
     print(heading)
-    for name, change in shown.items():
+    for name, change in shown:
         print(f"{change:+7.3f}  {name}")
     if still := len(found.contributions) - len(moving):
         print(f"{still} of {len(found.contributions)} parts change nothing.")
