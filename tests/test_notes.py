@@ -1,14 +1,17 @@
 """Notes: what cleaning does to text and offsets, windows, vocabularies, filters, and the labels of notes."""
 
 import re
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -260,6 +263,16 @@ def test_the_cleaning_inside_a_tokenizer_is_the_one_outside(cleaning):
     assert one["input_ids"].equals(other["input_ids"])
 
 
+def test_the_same_notes_give_the_same_pieces_in_another_process():
+    program = (
+        "from tests.test_notes import *\n"
+        "tokenizer = fit_wordpiece_tokenizer(notes(*CORPUS), subject_ids=range(3), vocab_size=90)\n"
+        "print(sorted(tokenizer.get_vocab().items()))"
+    )
+    run = partial(subprocess.run, [sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert len({run(cwd=Path(__file__).parents[1]).stdout for _ in range(2)}) == 1
+
+
 def test_wordpiece_splits_rare_words_and_keeps_accents():
     tokenizer = fit_wordpiece_tokenizer(notes(*CORPUS * 3), subject_ids=range(9), vocab_size=150)
     assert tokenizer.unk_token_id not in tokenizer("chronicity")["input_ids"]
@@ -274,7 +287,7 @@ def test_out_of_vocabulary_words_are_counted_per_note():
     assert (report.notes, report.words, report.out_of_vocabulary, report.unknown) == (4, 7, 4, 4)  # `,` is a word too
     assert (report.per_note, report.rate) == (1.0, 4 / 7)
     pieces = fit_wordpiece_tokenizer(table, subject_ids=[0, 1])
-    split = oov_per_note(pieces, notes("fever feverish fev"))
+    split = oov_per_note(pieces, notes("fever feverish chillsfever"))
     assert (split.words, split.out_of_vocabulary) == (3, 2)
 
 
@@ -395,6 +408,7 @@ def test_imputed_labels_do_not_count_as_seen():
     assert impute_chronic_codes(table, FIVE_NOTES, mode="paper").num_rows == 2
 
 
+@settings(deadline=None)  # the first call opens libraries
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 2)), min_size=1, unique=True), st.integers(1, 5))
 def test_as_of_never_learns_from_a_later_note(pairs, cut):
     """Rule L10: dropping the notes from ``cut`` on leaves the labels before it as they were."""

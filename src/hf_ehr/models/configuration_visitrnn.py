@@ -51,7 +51,7 @@ class VisitRnnConfig(PreTrainedConfig):
     @classmethod
     def tiny(cls, **overrides: Any) -> "VisitRnnConfig":
         """Width 32, for tests, examples and the quickstart."""
-        return cls(**({"hidden_size": 32} | overrides))
+        return cls(**({"hidden_size": 32, "initializer_range": 0.1} | overrides))
 
     def validate_codes(self):
         """The padding lies inside both vocabularies."""

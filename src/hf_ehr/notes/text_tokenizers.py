@@ -183,7 +183,7 @@ def _fit(
     subjects = np.unique(np.asarray(subject_ids if hasattr(subject_ids, "__array__") else list(subject_ids), np.int64))
     if min_patients < 1:
         raise ValueError(f"`min_patients` must be at least 1, got {min_patients}. Choose 11 to publish a vocabulary.")
-    _train(tokenizer, trainer, _words(tokenizer, notes, pa.array(subjects)), min_patients)
+    tokenizer = _trained(tokenizer, trainer, _words(tokenizer, notes, pa.array(subjects)), min_patients)
     if tokenizer.get_vocab_size() <= len(SPECIAL_TOKENS):
         raise EhrDataError(
             f"The {len(subjects)} patients in `subject_ids` have no word of {min_patients} patients in `notes`. "
@@ -206,21 +206,30 @@ def _fit(
     )
 
 
-def _train(tokenizer: Tokenizer, trainer: Any, words: pl.DataFrame, min_patients: int) -> None:
-    """Trains on the words of enough patients; of the others pieces of one character are known, and no more."""
-    from tokenizers import pre_tokenizers
+def _trained(tokenizer: Tokenizer, trainer: Any, words: pl.DataFrame, min_patients: int) -> Tokenizer:
+    """Trained on the words of enough patients; of the others pieces of one character are known, and no more.
 
-    normalizer, pre_tokenizer = tokenizer.normalizer, tokenizer.pre_tokenizer
+    The trainer numbers the pieces of one character that go on with a word in another order each time, and breaks ties
+    by these numbers. Named beforehand they have a place: the same notes give the same vocabulary.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    normalizer, pre_tokenizer, special = tokenizer.normalizer, tokenizer.pre_tokenizer, list(SPECIAL_TOKENS.values())
     tokenizer.normalizer, tokenizer.pre_tokenizer = None, pre_tokenizers.WhitespaceSplit()  # these are words already
     shared = words.filter(pl.col("patients") >= min_patients).sort("word")
-    if hasattr(trainer, "initial_alphabet"):
+    pieces = hasattr(trainer, "initial_alphabet")
+    if pieces:
         alphabet = sorted(set().union(*words["word"].to_list()))
         trainer.initial_alphabet = alphabet
-        spelled = [f"{one}{one}" for one in alphabet] if shared.height else []  # both forms; one pair is no piece
-    else:
-        spelled = []
-    tokenizer.train_from_iterator(chain(_repeated(shared), spelled), trainer)
+        trainer.special_tokens = special + ([f"##{one}" for one in alphabet] if shared.height else [])
+    tokenizer.train_from_iterator(_repeated(shared), trainer)
+    if pieces:  # anew, for special tokens would be looked for in raw text
+        decoder = tokenizer.decoder
+        tokenizer = Tokenizer(models.WordPiece(tokenizer.get_vocab(), unk_token=SPECIAL_TOKENS["unk"]))
+        tokenizer.decoder = decoder
+        tokenizer.add_special_tokens(special)
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizer
+    return tokenizer
 
 
 def _repeated(words: pl.DataFrame) -> Iterator[str]:
