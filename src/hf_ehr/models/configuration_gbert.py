@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 
 from .code_tree import check_parents, code_parents, flat_parents
 
-TINY_SIZES = {"hidden_size": 32, "intermediate_size": 32, "initializer_range": 0.1}
+TINY_SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "initializer_range": 0.1}
 """A start at 0.02, meant for hundreds of features, lets hardly anything through 32 of them: nothing is learned for
 thousands of steps."""
 
