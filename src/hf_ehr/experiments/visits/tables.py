@@ -193,7 +193,7 @@ def _figures(report: VisitReport, stem: Path) -> list[Path]:
         rows: dict[str, dict[str, Interval]] = {}
         for entry in report.entries:
             metric, title = _compared(entry.task)
-            rows.setdefault(entry.row, {})[f"{entry.task} ({entry.data})\n{title}"] = entry.figures[metric]
+            rows.setdefault(entry.row, {})[f"{entry.task}\n({entry.data})\n{title}"] = entry.figures[metric]
         if rows:
             forest_plot(rows, Path(f"{stem}.png"), metric="", title=report.spec.title)
         return [Path(f"{stem}.png")] if rows else []
