@@ -91,7 +91,7 @@ def prepare(
         ValueError: The source is unknown, or an argument is out of its range.
     """
     output = Path(output_dir)
-    job = _plan(source, input_dir, output, engine, shards, options or {})
+    job = _job(source, input_dir, output, engine, shards, options or {})
     if _is_whole(output, job["fingerprint"], overwrite):
         return DatasetInfo.load(output)
     staging = output / STAGING
@@ -134,7 +134,7 @@ def plan(
     from hf_ehr.sources.engine import Engine
 
     output = Path(output_dir)
-    job = _plan(source, input_dir, output, engine, shards, options or {})
+    job = _job(source, input_dir, output, engine, shards, options or {})
     lines = [f"{job['source']}: {job['shards']} shard{'s' * (job['shards'] > 1)} in {output}"]
     if job["generated"]:
         lines.append(f"some {expected_events(job['source'], job['options']):,.0f} events")
@@ -220,7 +220,7 @@ def source_function(name: str) -> Callable[..., Source]:
 # What is to be done
 
 
-def _plan(
+def _job(
     source: str | Callable[..., Source],
     input_dir: str | Path | None,
     output: Path,

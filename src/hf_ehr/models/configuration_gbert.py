@@ -9,8 +9,8 @@ from transformers import PreTrainedConfig
 from .code_tree import check_parents, code_parents, flat_parents
 
 TINY_SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "initializer_range": 0.1}
-"""A start at 0.02, meant for hundreds of features, lets hardly anything through 32 of them: nothing is learned for
-thousands of steps."""
+"""A start at 0.02, meant for hundreds of features, lets hardly anything through 32 of them: nothing is learned in
+a thousand steps."""
 
 
 @strict
@@ -38,7 +38,8 @@ class GBertConfig(PreTrainedConfig):
         hidden_dropout_prob: Dropout on the states. MedM-PLM's paper has 0.1, both codes 0.4.
         attention_probs_dropout_prob: Dropout of the attention probabilities.
         layer_norm_eps: Epsilon of the layer norms.
-        initializer_range: Standard deviation of starting weights; the trees start from Glorot's.
+        initializer_range: Standard deviation of starting weights; the trees start from Glorot's. A model whose
+            `hidden_size` is below a hundred should start wider, as `tiny` does.
         pretraining_loss: `visit_bce`: binary cross-entropy to all codes of the visit, visible or not (the codes).
             `masked_ce`: to the hidden codes, over those that are not visible.
         thresholds: Decision threshold per label name, tuned on validation, stored beside `id2label`.
