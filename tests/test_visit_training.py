@@ -200,7 +200,7 @@ def test_a_row_of_all_visits_and_a_row_a_label_are_scored_alike(data, recommende
 
 def test_readmission_is_predicted_and_a_batch_of_one_equals_a_batch_of_many(data, pretrained, tmp_path):
     options = VisitFinetuneArguments("readmission_30d", str(pretrained[0]))
-    folder = finetune_visits(data, options, settings(tmp_path / "model"))
+    folder = finetune_visits(data, options, settings(tmp_path / "model", learning_rate=3e-3, num_train_epochs=6))
     model, processor = AutoModelForSequenceClassification.from_pretrained(folder), visit_processor(options)
     assert type(model).__name__ == "MedMPLMForReadmission"
     splits = data.splits()
