@@ -285,7 +285,7 @@ def test_shards_are_as_many_as_the_compressed_bytes_ask_for(hospital, tmp_path, 
     (hospital / name).write_bytes(bytes(8_000))
     (hospital / "plain.txt").write_bytes(bytes(20_000))  # a fifth of it
     monkeypatch.setattr(driver, "EVENTS_PER_SHARD", 500)
-    job = driver._plan("mimic3", hospital, tmp_path / "out", "duckdb", None, {})
+    job = driver._job("mimic3", hospital, tmp_path / "out", "duckdb", None, {})
     assert job["shards"] == (8_000 + 20_000 / 5) / 8 / 500
 
 
@@ -294,9 +294,9 @@ def test_the_options_of_a_generated_world_are_checked_before_the_work(tmp_path):
         with pytest.raises(ValueError, match="`patients` must be"):
             prepare(source, None, tmp_path / "out", progress=False, options={"patients": 0})
     assert not (tmp_path / "out").exists()
-    job = driver._plan("synthetic_text_codes", None, tmp_path, "duckdb", None, {"patients": 86_000})
+    job = driver._job("synthetic_text_codes", None, tmp_path, "duckdb", None, {"patients": 86_000})
     assert job["shards"] == 2
-    job = driver._plan("synthetic_icu", None, tmp_path, "duckdb", None, {"patients": 16_000})
+    job = driver._job("synthetic_icu", None, tmp_path, "duckdb", None, {"patients": 16_000})
     assert job["shards"] == 3
 
 
