@@ -232,6 +232,20 @@ def test_no_import_runs_in_a_circle():
         pytest.fail(f"imports run in a circle: {' → '.join(reversed(error.args[1]))}")
 
 
+def test_no_file_takes_a_private_name_of_another():
+    taken = [
+        f"{name} takes {alias.name}"
+        for name, path in modules().items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if alias.name.startswith("_")
+        and alias.name != "__version__"
+        and not any(known.endswith(f".{alias.name}") for known in modules())  # a private file of its own folder
+    ]
+    assert taken == []
+
+
 @pytest.mark.parametrize("path", sorted((SRC / "hf_ehr" / "models").glob("*.py")), ids=lambda path: path.stem)
 def test_a_model_file_imports_siblings_and_the_packages_that_the_hub_has(path):
     siblings = {sibling.stem for sibling in path.parent.glob("*.py")}

@@ -23,7 +23,7 @@ from hf_ehr._hourly_summary import LONGEST_CATEGORY
 from hf_ehr._scores import Array
 from hf_ehr.admission_datasets import admission_windows
 from hf_ehr.schema import CODE_KINDS, STATIC_FIELDS, EhrDataError, shard_paths
-from hf_ehr.stay_datasets import HOUR, _asked, _stays, _subjects, stay_windows
+from hf_ehr.stay_datasets import HOUR, asked_times, stay_windows, stays_of_shard, subjects_of_shard
 
 STATISTICS = ("first", "last", "mean", "min", "max", "std", "count")
 """The seven. No slope: ``first`` and ``last`` say where a variable goes, ``std`` how restless it is meanwhile. All are
@@ -106,10 +106,10 @@ def stay_summaries(
         EhrDataError: No label is asked within a stay, or a label has no boolean value.
     """
     wanted = None if subject_ids is None else pl.Series("subject_id", np.unique(np.asarray(subject_ids, np.int64)))
-    asked, parts = _asked(labels, wanted), []
+    asked, parts = asked_times(labels, wanted), []
     for path in tqdm(shard_paths(data, "records"), desc="Summarising stays", unit="shard"):
-        here = asked.filter(pl.col("subject_id").is_in(_subjects(path).implode()))
-        windows = stay_windows(_stays(path), here)
+        here = asked.filter(pl.col("subject_id").is_in(subjects_of_shard(path).implode()))
+        windows = stay_windows(stays_of_shard(path), here)
         if len(windows):
             windows = windows.with_row_index("row")
             parts.append(_summarised(path, windows, here["subject_id"]))
@@ -184,7 +184,7 @@ def admission_summaries(
         EhrDataError: No label is asked within an inpatient visit, or a label has no boolean value.
     """
     wanted = None if subject_ids is None else pl.Series("subject_id", np.unique(np.asarray(subject_ids, np.int64)))
-    asked, parts = _asked(labels, wanted), []
+    asked, parts = asked_times(labels, wanted), []
     for path in tqdm(shard_paths(data, "records"), desc="Summarising admissions", unit="shard"):
         visits = pl.DataFrame(pq.ParquetFile(path).read(columns=_ADMISSION_COLUMNS)).explode("visits")
         visits = visits.drop_nulls("visits").unnest("visits").filter(pl.col("kind") == "inpatient")

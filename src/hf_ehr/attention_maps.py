@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from hf_ehr.models.any_encoder import evaluating, segment_length
 from hf_ehr.ontology import describe
-from hf_ehr.visualization import _figure
+from hf_ehr.visualization import saved_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -255,7 +255,7 @@ def _heat_maps(
     rows = ceil(len(maps) / MAPS_PER_ROW)
     columns = ceil(len(maps) / rows)
     size = (columns * (side + 0.9) + 1.0, rows * (side + 1.1) + 0.6)
-    with _figure(path, size) as figure:
+    with saved_figure(path, size) as figure:
         figure.set_layout_engine("constrained")
         grid = figure.subplots(rows, columns, squeeze=False).ravel()
         for axes, (name, weights) in zip(grid, maps.items(), strict=False):

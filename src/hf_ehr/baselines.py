@@ -80,7 +80,7 @@ def age_sex_matrix(dataset: Examples) -> Array:
 
 def prevalence(train: Examples, validation: Examples, test: Examples, *, vocab_size: int, seed: int) -> Predictions:
     """The training prevalence for everybody."""
-    rate = float(_labels(train, "train").mean())
+    rate = float(labels_to_fit(train, "train").mean())
     return Predictions(np.full(validation.num_rows, rate), np.full(test.num_rows, rate))
 
 
@@ -121,7 +121,7 @@ def random_forest(train: Examples, validation: Examples, test: Examples, *, voca
         .set_params(n_jobs=1)  # several threads would add the votes in another order each time
         for leaf in MIN_SAMPLES_LEAF
     )
-    return _best(splits, map(_positive_class, models))
+    return best_on_validation(splits, map(positive_probability, models))
 
 
 def lightgbm_counts(
@@ -156,7 +156,7 @@ def lightgbm_counts(
         )
         return lambda x: np.asarray(model.predict(x))
 
-    return _best(splits, map(fit, LIGHTGBM_SETTINGS))
+    return best_on_validation(splits, map(fit, LIGHTGBM_SETTINGS))
 
 
 def ppmi_svd_lr(
@@ -262,7 +262,7 @@ BASELINES: dict[str, Callable[..., Predictions]] = {
 """The baselines that need nothing but EXAMPLES, by their name in tables; ``ppmi_svd_lr`` also takes ``embeddings``."""
 
 
-class _Splits(NamedTuple):
+class FeatureSplits(NamedTuple):
     """Features and labels of the three splits; the test split has no labels here."""
 
     x: Any
@@ -272,12 +272,14 @@ class _Splits(NamedTuple):
     x_test: Any
 
 
-def _splits(train: Examples, validation: Examples, test: Examples, features: Callable[[Examples], Any]) -> _Splits:
-    return _Splits(
+def _splits(
+    train: Examples, validation: Examples, test: Examples, features: Callable[[Examples], Any]
+) -> FeatureSplits:
+    return FeatureSplits(
         features(train),
-        _labels(train, "train"),
+        labels_to_fit(train, "train"),
         features(validation),
-        _labels(validation, "validation"),
+        labels_to_fit(validation, "validation"),
         features(test),
     )
 
@@ -296,21 +298,22 @@ def _logistic(
         make_pipeline(*scaling, LogisticRegression(C=penalty, max_iter=5000)).fit(splits.x, splits.y)
         for penalty in INVERSE_PENALTIES
     )
-    return _best(splits, map(_positive_class, models))
+    return best_on_validation(splits, map(positive_probability, models))
 
 
-def _best(splits: _Splits, models: Iterable[Callable[[Any], Array]]) -> Predictions:
+def best_on_validation(splits: FeatureSplits, models: Iterable[Callable[[Any], Array]]) -> Predictions:
     """Predictions of the candidate with the highest validation AUROC, the first of equals."""
     candidates = [(model, model(splits.x_validation)) for model in models]
     best, on_validation = max(candidates, key=lambda candidate: round(auroc(splits.y_validation, candidate[1]), 12))
     return Predictions(on_validation, best(splits.x_test))
 
 
-def _positive_class(classifier: Any) -> Callable[[Any], Array]:
+def positive_probability(classifier: Any) -> Callable[[Any], Array]:
+    """What a fitted classifier of scikit-learn's kind gives rows of features: the probability of yes."""
     return lambda x: classifier.predict_proba(x)[:, 1]
 
 
-def _labels(dataset: Examples, split: str) -> Array:
+def labels_to_fit(dataset: Examples, split: str) -> Array:
     """Labels of a split that something is fitted or tuned on.
 
     Raises:
@@ -342,7 +345,7 @@ def _age(dataset: Examples) -> Array:
     return np.column_stack([np.where(unknown, 0.0, (age - 50) / 20), unknown])
 
 
-def _arrow(dataset: Examples, name: str) -> pa.ChunkedArray:
+def arrow_column(dataset: Examples, name: str) -> pa.ChunkedArray:
     """One column as Arrow, in the order of the rows (a ``Dataset`` may be a selection of its table)."""
     if isinstance(dataset, pa.Table):
         return dataset[name]
@@ -350,12 +353,12 @@ def _arrow(dataset: Examples, name: str) -> pa.ChunkedArray:
 
 
 def _column(dataset: Examples, name: str) -> Array:
-    column = _arrow(dataset, name)
+    column = arrow_column(dataset, name)
     return np.asarray(column.to_numpy())
 
 
 def _ragged(dataset: Examples, name: str) -> tuple[Array, Array]:
     """A list column as flat values and bounds ``(examples + 1,)``; a null list is empty."""
-    lists = _arrow(dataset, name)
+    lists = arrow_column(dataset, name)
     lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy()
     return pc.list_flatten(lists).to_numpy(), np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])

@@ -19,7 +19,7 @@ import numpy as np
 from hf_ehr.attention_maps import COLOR_MAP, ROW_SUM_TOLERANCE, Weights, bare_code
 from hf_ehr.models.any_encoder import evaluating
 from hf_ehr.ontology import describe
-from hf_ehr.visualization import _figure
+from hf_ehr.visualization import saved_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -155,7 +155,7 @@ def cross_attention_map(view: CrossAttentionView, path: str | Path) -> Figure:
     places = _drawn_tokens(view)
     maps = _maps(view, places)
     heights = [0.17 * len(map_.rows) for map_ in maps]
-    with _figure(path, (3.6 + 0.21 * len(places), sum(heights) + 1.5 * len(maps) + 0.6)) as figure:
+    with saved_figure(path, (3.6 + 0.21 * len(places), sum(heights) + 1.5 * len(maps) + 0.6)) as figure:
         figure.set_layout_engine("constrained")
         grid = figure.subplots(len(maps), 1, squeeze=False, height_ratios=heights).ravel()
         for axes, map_ in zip(grid, maps, strict=True):

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from hf_ehr.ontology import category, chapter, describe
 from hf_ehr.schema import atomic_path
-from hf_ehr.visualization import COLORS, MARKERS, _figure
+from hf_ehr.visualization import COLORS, MARKERS, saved_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -144,7 +144,7 @@ def embedding_figure(table: pa.Table, path: str | Path, *, title: str = "Code em
         ImportError: matplotlib is not installed.
     """
     kinds = pc.unique(table["kind"]).to_pylist()
-    with _figure(path, (10.5, 5.2 * len(kinds))) as figure:
+    with saved_figure(path, (10.5, 5.2 * len(kinds))) as figure:
         figure.set_layout_engine("constrained")
         for axes, kind in zip(figure.subplots(len(kinds), 1, squeeze=False).ravel(), kinds, strict=True):
             _draw(axes, table.filter(pc.equal(table["kind"], kind)))

@@ -77,7 +77,7 @@ def plausibility(spans: Iterable[Sequence[float]], truth: Iterable[Sequence[floa
         truth: What an expert (or the generator of a synthetic note) marked; start and end first.
         text: The note.
     """
-    words, true_spans = _words(text), _bounds(truth)
+    words, true_spans = word_spans(text), _bounds(truth)
     true, marked = _touched(words, true_spans), _touched(words, _bounds(spans))
     found = [bool(marked[_touched(words, span[None])].any()) for span in true_spans]
     return _agreement(int((true & marked).sum()), int(marked.sum()), int(true.sum()), found)
@@ -94,7 +94,7 @@ def plausibility_ceiling(truth: Iterable[Sequence[float]], offsets: ArrayLike, t
         offsets: Of the tokens that the model read, ``(tokens, 2)``.
         text: The note.
     """
-    words, true_spans = _words(text), _bounds(truth)
+    words, true_spans = word_spans(text), _bounds(truth)
     true, read = _touched(words, true_spans), _touched(words, np.asarray(offsets))
     found = [bool(read[_touched(words, span[None])].any()) for span in true_spans]
     reached = int((true & read).sum())
@@ -193,7 +193,7 @@ def random_spans(text: str, like: Iterable[Sequence[float]], rng: np.random.Gene
         like: The spans of the method that this baseline stands beside; only their lengths are used.
         rng: Source of the places.
     """
-    words = _words(text)
+    words = word_spans(text)
     spans = []
     for bounds in _bounds(like):
         length = int(_touched(words, bounds[None]).sum())
@@ -205,7 +205,7 @@ def random_spans(text: str, like: Iterable[Sequence[float]], rng: np.random.Gene
 
 def first_words(text: str, count: int) -> list[Span]:
     """The first ``count`` words of the note as one span: what a model that knows only positions would mark."""
-    words = _words(text)[: max(count, 0)]
+    words = word_spans(text)[: max(count, 0)]
     return [Span(int(words[0, 0]), int(words[-1, 1]))] if len(words) else []
 
 
@@ -237,7 +237,7 @@ def string_match(text: str, description: str, *, min_share: float = 0.5, k: int 
     return sorted(kept, key=lambda span: (-span.weight, span.start))[:k]
 
 
-def _words(text: str) -> Array:
+def word_spans(text: str) -> Array:
     """Start and end of the words and punctuation marks, ``(words, 2)``."""
     return np.array([word.span() for word in _WORD.finditer(text)], dtype=np.int64).reshape(-1, 2)
 

@@ -12,7 +12,6 @@ from tqdm.auto import tqdm
 
 from hf_ehr._scores import Array
 from hf_ehr.evidence import (
-    _words,
     faithfulness,
     first_words,
     plausibility,
@@ -20,6 +19,7 @@ from hf_ehr.evidence import (
     random_spans,
     string_match,
     tune_relative_threshold,
+    word_spans,
 )
 from hf_ehr.explanations import code_descriptions
 from hf_ehr.intervals import Interval, patient_bootstrap
@@ -213,7 +213,7 @@ def _tuned(
 
 def _baselines(case: _Case, like: Sequence[Span], name: str | None, max_spans: int | None) -> dict[str, list[Span]]:
     """What needs no model."""
-    words = sum(len(_words(case.text[start:end])) for start, end, _ in like)
+    words = sum(len(word_spans(case.text[start:end])) for start, end, _ in like)
     return {
         "random": list(like),  # only as long as these
         "first words": first_words(case.text, words),

@@ -132,8 +132,8 @@ def bow_logistic_regression(
 
     counts = CountVectorizer(max_features=max_features, dtype=np.float64)
     if penalty is None:
-        return _best(train, validation, test, counts, [_Settings(None)])
-    return _best(train, validation, test, counts, [_Settings(penalty, float(c)) for c in inverse_penalties])
+        return _best(train, validation, test, counts, [RegressionSettings(None)])
+    return _best(train, validation, test, counts, [RegressionSettings(penalty, float(c)) for c in inverse_penalties])
 
 
 def tfidf_logistic_regression(
@@ -161,7 +161,9 @@ def tfidf_logistic_regression(
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=min_df, token_pattern=r"(?u)\b\w+\b")
-    return _best(train, validation, test, words, [_Settings("l2", float(c), class_weight) for c in inverse_penalties])
+    return _best(
+        train, validation, test, words, [RegressionSettings("l2", float(c), class_weight) for c in inverse_penalties]
+    )
 
 
 def string_match(texts: Sequence[str], descriptions: Sequence[str | None], *, min_share: float = 0.5) -> Array:
@@ -210,7 +212,7 @@ def _check(train: CodedTexts, validation: CodedTexts, test: CodedTexts) -> None:
         raise ValueError(f"`train`, `validation` and `test` must have the same labels, got {sizes} of them.")
 
 
-class _Settings(NamedTuple):
+class RegressionSettings(NamedTuple):
     """How labels are fitted: ``C`` as in scikit-learn."""
 
     penalty: Literal["l1", "l2"] | None
@@ -223,7 +225,7 @@ def _best(
     validation: CodedTexts,
     test: CodedTexts,
     words: CountVectorizer,
-    candidates: Sequence[_Settings],
+    candidates: Sequence[RegressionSettings],
 ) -> CodePredictions:
     """Predictions of the settings with the highest mean average precision on validation, the first of equals."""
     _check(train, validation, test)
@@ -236,11 +238,11 @@ def _best(
     with tqdm(total=len(candidates) * train.labels.shape[1], desc="Fitting labels", unit="label") as progress:
         for settings in candidates:
             features = (x, others) if settings.penalty == "l1" else reduced
-            scores = _one_vs_rest(*features, train.labels, settings, progress.update)
+            scores = one_vs_rest_scores(*features, train.labels, settings, progress.update)
             predictions = CodePredictions(scores[: len(validation.texts)], scores[len(validation.texts) :])
             if len(candidates) == 1:
                 return predictions
-            found.append((_mean_average_precision(predictions.validation, validation.labels), predictions))
+            found.append((map_within_notes(predictions.validation, validation.labels), predictions))
             found = [max(found, key=lambda candidate: round(candidate[0], 12))]  # a table of scores may be large
     return found[0][1]
 
@@ -259,7 +261,7 @@ def _reduced(x: Any, others: Any) -> tuple[Any, Any]:
     return (x @ x.T) @ basis, (others @ x.T) @ basis
 
 
-def _mean_average_precision(scores: Array, labels: sparse.csr_array) -> float:
+def map_within_notes(scores: Array, labels: sparse.csr_array) -> float:
     """MAP within notes over those with a label; -inf where there is none, so that the first candidate is kept."""
     predictions = MultilabelPredictions(labels.shape[1])
     predictions.add(scores, labels)
@@ -267,7 +269,9 @@ def _mean_average_precision(scores: Array, labels: sparse.csr_array) -> float:
     return float(np.nanmean(found)) if np.isfinite(found).any() else -np.inf
 
 
-def _one_vs_rest(x: Any, others: Any, labels: sparse.csr_array, settings: _Settings, done: Callable) -> Array:
+def one_vs_rest_scores(
+    x: Any, others: Any, labels: sparse.csr_array, settings: RegressionSettings, done: Callable
+) -> Array:
     """Scores of ``others``, (notes, labels) float32, of one logistic regression a label."""
     columns = labels.tocsc()
     counts = np.diff(columns.indptr)
@@ -284,7 +288,7 @@ def _one_vs_rest(x: Any, others: Any, labels: sparse.csr_array, settings: _Setti
     return scores
 
 
-def _fit(x: Any, truth: Array, settings: _Settings) -> tuple[Array, Array]:
+def _fit(x: Any, truth: Array, settings: RegressionSettings) -> tuple[Array, Array]:
     """Weights (features, labels) and intercepts (labels,) of several labels at once.
 
     Minimises ``C Σ loss + penalty``, or ``Σ loss`` without one; the intercept is free. The labels share nothing but

@@ -17,9 +17,9 @@ from scipy import sparse
 from tqdm.auto import tqdm
 
 from hf_ehr._scores import Array
-from hf_ehr.baselines import _arrow as _column
+from hf_ehr.baselines import arrow_column as _column
 from hf_ehr.baselines import lightgbm_counts
-from hf_ehr.note_baselines import INVERSE_PENALTIES, _mean_average_precision, _one_vs_rest, _Settings
+from hf_ehr.note_baselines import INVERSE_PENALTIES, RegressionSettings, map_within_notes, one_vs_rest_scores
 
 if TYPE_CHECKING:
     import datasets
@@ -181,8 +181,8 @@ def logistic_regression(
     best: tuple[float, Array] | None = None
     with tqdm(total=len(inverse_penalties) * train.drugs.shape[1], desc="Fitting drugs", unit="drug") as progress:
         for c in inverse_penalties:
-            scores = _one_vs_rest(x, others, train.drugs, _Settings("l2", float(c)), progress.update)
-            quality = round(_mean_average_precision(scores[:cut], validation.drugs), 12)
+            scores = one_vs_rest_scores(x, others, train.drugs, RegressionSettings("l2", float(c)), progress.update)
+            quality = round(map_within_notes(scores[:cut], validation.drugs), 12)
             if best is None or quality > best[0]:
                 best = quality, scores
     if best is None:

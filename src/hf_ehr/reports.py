@@ -145,11 +145,11 @@ def write_table(rows: Sequence[Result], path_stem: str | Path, title: str, notes
     if not rows:
         raise ValueError("`rows` must hold at least one result, got none. Pass the results of `evaluate_rows`.")
     adjusted = holm([row.difference.p_value if row.difference else None for row in rows])
-    records = [_record(row, p) for row, p in zip(rows, adjusted, strict=True)]
+    records = [flat_record(row, p) for row, p in zip(rows, adjusted, strict=True)]
     notes = [*notes, *_warnings(rows)]
     contents = {
         "csv": csv_text(records),
-        "md": _markdown(rows, records, title, notes),
+        "md": markdown_table(rows, records, title, notes),
         "json": json.dumps(
             finite({"title": title, "notes": notes, "rows": [asdict(row) for row in rows]}), indent=2, allow_nan=False
         ),
@@ -197,7 +197,7 @@ def _warnings(rows: Sequence[Result]) -> list[str]:
     return warnings
 
 
-def _record(row: Result, p_adjusted: float) -> dict[str, Any]:
+def flat_record(row: Result, p_adjusted: float) -> dict[str, Any]:
     """A flat row of the CSV file; what is undefined is empty."""
     record: dict[str, Any] = {
         "model": row.model, "n_train": row.n_train, "draws": row.draws, "patients": row.patients, "n": row.n,
@@ -233,7 +233,8 @@ def csv_text(records: Sequence[dict[str, Any]]) -> str:
     return buffer.getvalue()
 
 
-def _markdown(rows: Sequence[Result], records: Sequence[dict[str, Any]], title: str, notes: Sequence[str]) -> str:
+def markdown_table(rows: Sequence[Result], records: Sequence[dict[str, Any]], title: str, notes: Sequence[str]) -> str:
+    """Rows and their flat records as one table, with the notes below it."""
     shown = [name for name in HEADINGS if any(name in row.metrics for row in rows)]
     header = ["Model", "Labelled", "Draws", "Test rows (positive)", *(HEADINGS[name] for name in shown), "Δ AUROC"]
     lines = [f"# {title}", "", f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]

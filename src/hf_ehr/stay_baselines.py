@@ -19,11 +19,11 @@ from hf_ehr.baselines import (
     LIGHTGBM_ROUNDS,
     LIGHTGBM_SETTINGS,
     ROWS_PER_THREAD_POOL,
+    FeatureSplits,
     Predictions,
-    _best,
-    _labels,
-    _positive_class,
-    _Splits,
+    best_on_validation,
+    labels_to_fit,
+    positive_probability,
 )
 
 
@@ -40,7 +40,7 @@ def summaries_lr(train: StaySummaries, validation: StaySummaries, test: StaySumm
 
     splits = _dense(train, validation, test, _linear_features(train.matrix))
     models = (LogisticRegression(C=penalty, max_iter=5000).fit(splits.x, splits.y) for penalty in INVERSE_PENALTIES)
-    return _best(splits, map(_positive_class, models))
+    return best_on_validation(splits, map(positive_probability, models))
 
 
 OUTLIER = 5.0
@@ -93,7 +93,7 @@ def summaries_lightgbm(
         model = lightgbm.train(fixed | setting, rows, LIGHTGBM_ROUNDS, valid_sets=[held_out], callbacks=[stop])
         return lambda x: np.asarray(model.predict(x))
 
-    return _best(splits, map(fit, LIGHTGBM_SETTINGS))
+    return best_on_validation(splits, map(fit, LIGHTGBM_SETTINGS))
 
 
 STAY_BASELINES: dict[str, Callable[..., Predictions]] = {
@@ -106,13 +106,13 @@ tables; the columns are those of ``train``, and labels of ``test`` are never rea
 
 def _dense(
     train: StaySummaries, validation: StaySummaries, test: StaySummaries, features: Callable[[Array], Array]
-) -> _Splits:
+) -> FeatureSplits:
     x, x_validation, x_test = (features(split.columns(train.names)) for split in (train, validation, test))
     y, y_validation = (
-        _labels(pa.table({"labels": split.labels}), name)
+        labels_to_fit(pa.table({"labels": split.labels}), name)
         for split, name in ((train, "train"), (validation, "validation"))
     )
-    return _Splits(x, y, x_validation, y_validation, x_test)
+    return FeatureSplits(x, y, x_validation, y_validation, x_test)
 
 
 __all__ = [

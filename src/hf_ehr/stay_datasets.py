@@ -59,7 +59,7 @@ def build_stay_examples(
         EhrDataError: No example is left, a label has no boolean value, or two stays of one id are asked about.
     """
     wanted = None if subject_ids is None else pl.Series("subject_id", np.unique(np.asarray(subject_ids, np.int64)))
-    asked = None if labels is None else _asked(labels, wanted)
+    asked = None if labels is None else asked_times(labels, wanted)
     continuous = extractor.form == "continuous"
     writer = ExampleWriter(_features(continuous, labels is not None), None if cache_dir is None else Path(cache_dir))
     counts: Counter[str] = Counter()
@@ -95,7 +95,12 @@ def stay_windows(stays: pl.DataFrame, asked: pl.DataFrame) -> pl.DataFrame:
     return found.select("stay_id", "labels", end_hour=hours)
 
 
-def _asked(labels: pa.Table, wanted: pl.Series | None) -> pl.DataFrame:
+def asked_times(labels: pa.Table, wanted: pl.Series | None) -> pl.DataFrame:
+    """Who is asked when, of the wanted patients or of all.
+
+    Raises:
+        EhrDataError: A label has no answer.
+    """
     frame = pl.DataFrame(labels.select(["subject_id", "prediction_time", "boolean_value"]))
     frame = frame if wanted is None else frame.filter(pl.col("subject_id").is_in(wanted.implode()))
     if frame["boolean_value"].null_count():
@@ -110,11 +115,11 @@ def _rows(
     wanted: pl.Series | None,
     counts: Counter[str],
 ) -> Iterator[pa.Table]:
-    stays = _stays(path)
+    stays = stays_of_shard(path)
     stays = stays if wanted is None else stays.filter(pl.col("subject_id").is_in(wanted.implode()))
     windows = None
     if asked is not None:
-        here = asked.filter(pl.col("subject_id").is_in(_subjects(path).implode()))
+        here = asked.filter(pl.col("subject_id").is_in(subjects_of_shard(path).implode()))
         windows = stay_windows(stays, here)
         counts["labels"] += len(here)
         counts["outside"] += len(here) - len(windows)
@@ -134,11 +139,12 @@ def _rows(
     yield table.select(names)
 
 
-def _subjects(path: Path) -> pl.Series:
+def subjects_of_shard(path: Path) -> pl.Series:
+    """``subject_id`` of every patient of a shard."""
     return pl.Series("subject_id", pq.ParquetFile(path).read(columns=["subject_id"])["subject_id"])
 
 
-def _stays(path: Path) -> pl.DataFrame:
+def stays_of_shard(path: Path) -> pl.DataFrame:
     """``subject_id``, ``stay_id``, ``start`` and ``end`` of every stay of a shard."""
     frame = pl.DataFrame(pq.ParquetFile(path).read(columns=_STAY_COLUMNS))
     frame = frame.explode("visits").drop_nulls("visits").unnest("visits").explode("stays").drop_nulls("stays")

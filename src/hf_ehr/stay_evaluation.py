@@ -25,7 +25,7 @@ from .intervals import Interval, holm, patient_bootstrap
 from .metrics import best_f1_threshold, event1
 from .models.feature_extraction_hourly import HourlyFeatureExtractor
 from .models.processing_medhmp import MedHMPProcessor
-from .reports import FEW_POSITIVES, Result, _markdown, _record, csv_text, evaluate_rows, finite
+from .reports import FEW_POSITIVES, Result, csv_text, evaluate_rows, finite, flat_record, markdown_table
 from .schema import DatasetInfo, atomic_path, shard_paths
 from .stay_baselines import STAY_BASELINES, UNIT_TYPES, StaySummaries, admission_summaries, stay_summaries
 from .subgroups import age_bands, subgroup_lines, subgroups, write_subgroups
@@ -252,7 +252,7 @@ def _write_table(
 ) -> Path:
     """As ``reports.write_table``, whose mandatory rows are those of codes, with further sections."""
     adjusted = holm([row.difference.p_value if row.difference else None for row in rows])
-    records = [_record(row, p) for row, p in zip(rows, adjusted, strict=True)]
+    records = [flat_record(row, p) for row, p in zip(rows, adjusted, strict=True)]
     if min(row.positives for row in rows) < FEW_POSITIVES:
         notes.append(f"Fewer than {FEW_POSITIVES} positive test rows: these figures prove nothing about any model.")
     content: dict[str, Any] = {"title": title, "notes": notes, "rows": [asdict(row) for row in rows]}
@@ -260,7 +260,7 @@ def _write_table(
     contents = {
         "csv": csv_text(records),
         "json": json.dumps(finite(content), indent=2, allow_nan=False),
-        "md": "\n".join([_markdown(rows, records, title, notes), "", *sections]),
+        "md": "\n".join([markdown_table(rows, records, title, notes), "", *sections]),
     }
     for suffix, text in contents.items():
         with atomic_path(stem.with_suffix(f".{suffix}")) as temporary:

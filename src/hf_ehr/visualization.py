@@ -49,7 +49,7 @@ def label_efficiency_curve(
     sizes = sorted({size for curve in results.values() for size in curve})
     if not sizes:
         raise ValueError("`results` must hold at least one figure, got none.")
-    with _figure(path, (8.0, 4.5)) as figure:
+    with saved_figure(path, (8.0, 4.5)) as figure:
         axes = figure.subplots()
         spread = 0.12 * min(np.diff(np.log(sizes)), default=1.0)
         for index, (name, curve) in enumerate(results.items()):
@@ -59,8 +59,8 @@ def label_efficiency_curve(
         axes.minorticks_off()
         axes.margins(x=0.08)
         axes.set(xlabel="Labelled patients", ylabel=metric, title=title)
-        _decorate(axes)
-        _legend_beside(axes)
+        decorate_axes(axes)
+        legend_beside(axes)
 
 
 def forest_plot(
@@ -81,7 +81,7 @@ def forest_plot(
     columns = list(dict.fromkeys(column for row in results.values() for column in row))
     if not columns:
         raise ValueError("`results` must hold at least one figure, got none.")
-    with _figure(path, (2.0 + 3.2 * len(columns), 1.2 + 0.3 * len(results))) as figure:
+    with saved_figure(path, (2.0 + 3.2 * len(columns), 1.2 + 0.3 * len(results))) as figure:
         panels = np.atleast_1d(figure.subplots(1, len(columns), sharey=True))
         for axes, column in zip(panels, columns, strict=True):
             for place, row in enumerate(results.values()):
@@ -89,7 +89,7 @@ def forest_plot(
                     _draw_interval(axes, row[column], place)
             axes.set(xlabel=metric)
             axes.set_title(column, fontsize=9)
-            _decorate(axes)
+            decorate_axes(axes)
         panels[0].set_yticks(range(len(results)), list(results))
         panels[0].invert_yaxis()
         figure.suptitle(title)
@@ -113,13 +113,13 @@ def label_auroc_histogram(results: Mapping[str, ArrayLike], path: str | Path, *,
         raise ValueError("`results` must hold at least one defined figure, got none.")
     low = min(float(values.min()) for values in drawn.values() if len(values))
     bins = np.linspace(min(0.5, np.floor(low * 50) / 50), 1, 51)
-    with _figure(path, (6.0, 0.8 + 1.6 * len(drawn))) as figure:
+    with saved_figure(path, (6.0, 0.8 + 1.6 * len(drawn))) as figure:
         panels = np.atleast_1d(figure.subplots(len(drawn), 1, sharex=True))
         for axes, (name, values) in zip(panels, drawn.items(), strict=True):
             axes.hist(values, bins=bins, color=COLORS[0])
             axes.set_title(f"{name} ({len(values)} labels)", fontsize=9)
             axes.set_ylabel("labels")
-            _decorate(axes)
+            decorate_axes(axes)
         panels[-1].set_xlabel("AUROC of a label")
         figure.suptitle(title)
         figure.tight_layout()
@@ -152,7 +152,7 @@ def calibration_plot(
     if not predictions:
         raise ValueError("`predictions` must hold at least one model, got none.")
     checked = {name: check_scores(y, p, None, probability=True)[:2] for name, (y, p) in predictions.items()}
-    with _figure(path, (7.5, 6.0)) as figure:
+    with saved_figure(path, (7.5, 6.0)) as figure:
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
         tops = [_draw_reliability(upper, name, y, p, bins, i) for i, (name, (y, p)) in enumerate(checked.items())]
         limit = min(1.0, 1.05 * max(tops))
@@ -165,8 +165,8 @@ def calibration_plot(
         lower.set(xlabel="Predicted probability", ylabel="Rows (%)", yscale="log")
         lower.set_yticks([0.1, 1, 10, 100], ["0.1", "1", "10", "100"])
         for axes in (upper, lower):
-            _decorate(axes)
-        _legend_beside(upper)
+            decorate_axes(axes)
+        legend_beside(upper)
 
 
 def decision_curve(
@@ -200,7 +200,7 @@ def decision_curve(
     curves = {"Treat all": (labels, np.ones(len(labels)))} | dict(predictions)
     bands = {name: net_benefit_band(y, p, ids, thresholds, n_resamples=n_resamples) for name, (y, p) in curves.items()}
     everybody = bands.pop("Treat all")
-    with _figure(path, (8.0, 4.5)) as figure:
+    with saved_figure(path, (8.0, 4.5)) as figure:
         axes, x = figure.subplots(), 100 * np.asarray(thresholds, np.float64)
         axes.plot(x, everybody.value, color="0.5", linestyle="--", linewidth=1.2, label="Treat all")
         axes.fill_between(x, everybody.low, everybody.high, color="0.5", alpha=0.12, linewidth=0)
@@ -210,8 +210,8 @@ def decision_curve(
         top = max(float(band.high.max()) for band in [*bands.values(), everybody])
         axes.set(xlim=(x[0], x[-1]), ylim=(-0.25 * top, 1.05 * top), xlabel="Risk from which on one would act (%)")
         axes.set(ylabel="Net benefit (true positives per row)", title=title)
-        _decorate(axes)
-        _legend_beside(axes)
+        decorate_axes(axes)
+        legend_beside(axes)
 
 
 def subgroup_plot(groups: Sequence[Subgroup], path: str | Path, *, title: str = "Subgroups") -> None:
@@ -228,7 +228,7 @@ def subgroup_plot(groups: Sequence[Subgroup], path: str | Path, *, title: str = 
     """
     if not any(group.figures for group in groups):
         raise ValueError("`groups` must hold at least one with figures, got none. Test on more stays.")
-    with _figure(path, (2.5 + 2.1 * len(FIGURES), 1.2 + 0.32 * len(groups))) as figure:
+    with saved_figure(path, (2.5 + 2.1 * len(FIGURES), 1.2 + 0.32 * len(groups))) as figure:
         panels = figure.subplots(1, len(FIGURES), sharey=True)
         for axes, (name, heading) in zip(panels, FIGURES.items(), strict=True):
             for place, group in enumerate(groups):
@@ -237,7 +237,7 @@ def subgroup_plot(groups: Sequence[Subgroup], path: str | Path, *, title: str = 
                     if group.field == "all":
                         axes.axvline(group.figures[name].value, color="0.5", linestyle="--", linewidth=1, zorder=1)
             axes.set_title(heading, fontsize=9)
-            _decorate(axes)
+            decorate_axes(axes)
         labels = [f"{group.title} ({group.n:,}{'' if group.figures else ', too few'})" for group in groups]
         panels[0].set_yticks(range(len(groups)), labels)
         panels[0].set_ylim(len(groups) - 0.5, -0.5)
@@ -270,7 +270,7 @@ def contribution_plot(
         raise ValueError("`contributions` must hold at least one part, got none. A patient needs two codes at least.")
     up, down = COLORS[1], COLORS[0]
     height = 1.3 + 0.3 * max(len(contributions), 6)
-    with _figure(path, (8.5 if len(course) < 2 else 12.0, height)) as figure:
+    with saved_figure(path, (8.5 if len(course) < 2 else 12.0, height)) as figure:
         panels = figure.subplots(1, 1 if len(course) < 2 else 2, width_ratios=None if len(course) < 2 else (3, 2))
         axes, *rest = np.atleast_1d(panels)
         names, changes = zip(*contributions, strict=True)
@@ -280,7 +280,7 @@ def contribution_plot(
         axes.set_ylim(len(changes) - 0.4, -0.6)
         axes.margins(x=0.08)
         axes.set_xlabel("Change of the log-odds: left lowers, right raises the risk")
-        _decorate(axes)
+        decorate_axes(axes)
         for beside in rest:
             beside.plot(range(1, len(course) + 1), course, color=COLORS[6], marker="o", markersize=5)
             if threshold is not None:
@@ -288,7 +288,7 @@ def contribution_plot(
                 beside.annotate("threshold", (1, threshold), xytext=(0, 3), textcoords="offset points", color="0.4")
             beside.set(xlabel="After visit", ylabel="Probability", ylim=(0, 1))
             beside.xaxis.get_major_locator().set_params(integer=True)
-            _decorate(beside)
+            decorate_axes(beside)
         figure.suptitle(title)
         figure.tight_layout()
 
@@ -357,19 +357,20 @@ def _draw_reliability(axes: Axes, name: str, y: Array, p: Array, bins: int, inde
     return float(max(high.max(), mean.max(), np.quantile(p, 0.995)))
 
 
-def _decorate(axes: Axes) -> None:
+def decorate_axes(axes: Axes) -> None:
+    """A pale grid behind the data, and no frame above and to the right."""
     axes.grid(True, color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _legend_beside(axes: Axes) -> None:
+def legend_beside(axes: Axes) -> None:
     """A legend outside the axes, where it covers no data."""
     axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False, borderaxespad=0)
 
 
 @contextmanager
-def _figure(path: str | Path, size: tuple[float, float]) -> Iterator[Any]:
+def saved_figure(path: str | Path, size: tuple[float, float]) -> Iterator[Any]:
     """A figure written to ``path`` on success. It has an Agg canvas and no pyplot, so nothing is left open."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

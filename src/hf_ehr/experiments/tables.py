@@ -18,7 +18,7 @@ from hf_ehr.experiments.cells import Bench, Cell
 from hf_ehr.experiments.spec import ALL, ReportSpec
 from hf_ehr.intervals import Interval, ResampledDraws, holm, resamples_for, verdict
 from hf_ehr.metrics import auroc, average_precision
-from hf_ehr.reports import FEW_POSITIVES
+from hf_ehr.reports import FEW_POSITIVES, finite
 from hf_ehr.schema import atomic_path
 from hf_ehr.training import task_name
 from hf_ehr.visualization import forest_plot, label_efficiency_curve
@@ -211,7 +211,7 @@ def _markdown(report: Report, figures: list[str], further: Sequence[str] = ()) -
 def _tables(report: Report) -> list[tuple[str, list[Entry]]]:
     """One table, or one per column where there are several sizes."""
     if len(report.spec.sizes) == 1:
-        return [(f"AUROC on test patients, {_size(report.spec.sizes[0])}", report.entries)]
+        return [(f"AUROC on test patients, {size_label(report.spec.sizes[0])}", report.entries)]
     places = dict.fromkeys((entry.data, entry.task) for entry in report.entries)
     return [
         (
@@ -225,7 +225,7 @@ def _tables(report: Report) -> list[tuple[str, list[Entry]]]:
 def _table(spec: ReportSpec, entries: list[Entry]) -> list[str]:
     columns = dict.fromkeys((entry.data, entry.task, entry.size) for entry in entries)
     many = len(spec.sizes) > 1
-    names = [_size(size) if many else f"{task} ({data})" for data, task, size in columns]
+    names = [size_label(size) if many else f"{task} ({data})" for data, task, size in columns]
     lines = [f"| Row | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
     by_place = {(e.row, e.data, e.task, e.size): e for e in entries}
     for row in dict.fromkeys(entry.row for entry in entries):
@@ -246,7 +246,7 @@ def _figure(entry: Entry) -> str:
 def _difference_lines(report: Report) -> list[str]:
     lines = ["| Row | against | where | Δ AUROC × 100 | p (Holm) | verdict |", "|---|---|---|---|---|---|"]
     for d in report.differences:
-        where = f"{d.task} ({d.data}), {_size(d.size)}"
+        where = f"{d.task} ({d.data}), {size_label(d.size)}"
         delta = f"{100 * d.auroc.value:+.1f} [{100 * d.auroc.low:+.1f}, {100 * d.auroc.high:+.1f}]"
         lines.append(f"| {d.row} | {d.reference} | {where} | {delta} | {d.p_adjusted:.3f} | {d.verdict} |")
     return lines
@@ -268,7 +268,8 @@ def _hours(report: Report) -> str:
     return f"{seconds / 3600:.1f} hours" if seconds > 3600 else f"{seconds / 60:.0f} minutes"
 
 
-def _size(size: int | str) -> str:
+def size_label(size: int | str) -> str:
+    """A size of a specification in words."""
     if isinstance(size, str):
         return "all labelled patients" if size == ALL else f"{size} of the labelled patients"
     return f"{size:,} labelled patients"
@@ -300,12 +301,4 @@ def _flat(item: Any) -> dict[str, Any]:
 
 def _json(report: Report) -> dict[str, Any]:
     content = asdict(report)
-    return {name: _finite(content[name]) for name in ("spec", "entries", "differences", "failures", "missing")}
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return {name: finite(content[name]) for name in ("spec", "entries", "differences", "failures", "missing")}

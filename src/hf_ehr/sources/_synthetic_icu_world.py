@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, NamedTuple, get_args
 import numpy as np
 
 from hf_ehr.sources._synthetic_process import NamedDraws
-from hf_ehr.sources._synthetic_worlds import NOISE_PREFIXES, _claim
+from hf_ehr.sources._synthetic_worlds import NOISE_PREFIXES, claim_codes
 
 FACTORS = ("perfusion", "respiration", "kidney", "inflammation")
 """What varies from stay to stay: four factors, standard normal, independent of age and sex."""
@@ -193,8 +193,8 @@ class IcuWorld:
 def draw_icu_world(synonyms: int) -> IcuWorld:
     """The codes of the world with so many synonyms: real ICD-10-CM and ICD-9-CM codes, no code twice."""
     claimed: set[str] = set()
-    groups = [_claim((row.icd10.split(), row.icd9.split()), claimed)[:synonyms] for row in CONDITIONS]
-    pool = _claim((NOISE_PREFIXES[0].split(), NOISE_PREFIXES[1].split()), claimed)
+    groups = [claim_codes((row.icd10.split(), row.icd9.split()), claimed)[:synonyms] for row in CONDITIONS]
+    pool = claim_codes((NOISE_PREFIXES[0].split(), NOISE_PREFIXES[1].split()), claimed)
     noise = [pool[index] for index in np.linspace(0, len(pool) - 1, NOISE_CODES).astype(int)]
     drugs = tuple(dict.fromkeys(f"ATC/{code}" for row in CONDITIONS for code in row.drugs.split()))
     return IcuWorld(

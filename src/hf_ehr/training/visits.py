@@ -34,7 +34,7 @@ from hf_ehr.training._runs import (
     train_from_last_checkpoint,
 )
 from hf_ehr.training._visit_fitting import (
-    AskedVisits,
+    VisitTruth,
     asked_visits,
     fit_visits,
     held_out_visits,
@@ -339,9 +339,27 @@ def labelled_visits(
 
 
 __all__ = [
-    "VISIT_FINETUNE_RECIPE", "VISIT_PRETRAIN_RECIPE", "AskedVisits", "VisitArguments", "VisitFinetuneArguments",
-    "VisitPretrainArguments", "VisitTask", "architecture_of", "asked_visits", "finetune_visits", "fit_and_save",
-    "fit_visits", "held_out_visits", "label_names",
-    "labelled_visits", "new_visit_classifier", "new_visit_model", "predict_visits", "pretrain_visits",
-    "take_code_encoder", "visit_labels", "visit_processor", "without_answers",
+    "VISIT_FINETUNE_RECIPE",
+    "VISIT_PRETRAIN_RECIPE",
+    "VisitArguments",
+    "VisitFinetuneArguments",
+    "VisitPretrainArguments",
+    "VisitTask",
+    "VisitTruth",
+    "architecture_of",
+    "asked_visits",
+    "finetune_visits",
+    "fit_and_save",
+    "fit_visits",
+    "held_out_visits",
+    "label_names",
+    "labelled_visits",
+    "new_visit_classifier",
+    "new_visit_model",
+    "predict_visits",
+    "pretrain_visits",
+    "take_code_encoder",
+    "visit_labels",
+    "visit_processor",
+    "without_answers",
 ]  # fmt: skip

@@ -19,7 +19,7 @@ from hf_ehr.metrics import auroc, average_precision, best_f1_threshold, f1_at
 from hf_ehr.schema import atomic_path
 from hf_ehr.training._runs import quiet, run_arguments
 from hf_ehr.training.finetuning import positive
-from hf_ehr.visualization import _decorate, _figure, _legend_beside, style_of
+from hf_ehr.visualization import decorate_axes, legend_beside, saved_figure, style_of
 
 FIGURES = ("auroc", "average_precision", "f1", "best_f1")
 
@@ -114,7 +114,7 @@ def convergence_curve(curves: Mapping[str, Mapping[str, np.ndarray]], path: Path
     Raises:
         ImportError: matplotlib is not installed.
     """
-    with _figure(path, (9.0, 3.6)) as figure:
+    with saved_figure(path, (9.0, 3.6)) as figure:
         panels = figure.subplots(1, 2)
         for axes, (name, label) in zip(
             panels, {"best_f1": "F1, best threshold", "auroc": "AUROC"}.items(), strict=True
@@ -122,8 +122,8 @@ def convergence_curve(curves: Mapping[str, Mapping[str, np.ndarray]], path: Path
             for index, (row, values) in enumerate(curves.items()):
                 axes.plot(values["epoch"], values[name], label=row, markersize=4, linewidth=1.4, **style_of(index))
             axes.set(xlabel="Epoch", ylabel=label)
-            _decorate(axes)
-        _legend_beside(panels[-1])
+            decorate_axes(axes)
+        legend_beside(panels[-1])
         figure.suptitle(title)
         figure.tight_layout()
 

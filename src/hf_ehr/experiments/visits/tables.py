@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from hf_ehr.experiments.tables import _finite, _size
+from hf_ehr.experiments.tables import size_label
 from hf_ehr.experiments.visits.cells import VisitBench, VisitCell
 from hf_ehr.experiments.visits.scores import SHOWN, Asked, resampled, said_by
 from hf_ehr.experiments.visits.spec import ENTITIES, PRIMARY, VisitData, VisitRow, VisitSpec, setting_of
 from hf_ehr.intervals import Interval, ResampledDraws, holm, resamples_for, verdict
-from hf_ehr.reports import FEW_POSITIVES
+from hf_ehr.reports import FEW_POSITIVES, finite
 from hf_ehr.schema import atomic_path
 from hf_ehr.training import task_name
 from hf_ehr.visualization import forest_plot, label_efficiency_curve
@@ -177,7 +177,7 @@ def write(report: VisitReport, folder: Path) -> list[Path]:
         ".md": _markdown(report, [path.name for path in figures]),
         ".csv": _csv(list(_figure_rows(report.entries))),
         "-differences.csv": _csv([_flat(difference) for difference in report.differences]),
-        ".json": json.dumps(_finite(content), indent=1, allow_nan=False),
+        ".json": json.dumps(finite(content), indent=1, allow_nan=False),
     }
     paths = [Path(f"{stem}{suffix}") for suffix in texts]
     for path, text in zip(paths, texts.values(), strict=True):
@@ -242,7 +242,7 @@ def _by_size(entries: Sequence[Entry]) -> list[str]:
     """Rows × sizes, the figure that is compared."""
     metric, title = _compared(entries[0].task)
     sizes = list(dict.fromkeys(entry.size for entry in entries))
-    lines = [f"{title} × 100", "", f"| Row | {' | '.join(map(_size, sizes))} |", f"|---|{'---|' * len(sizes)}"]
+    lines = [f"{title} × 100", "", f"| Row | {' | '.join(map(size_label, sizes))} |", f"|---|{'---|' * len(sizes)}"]
     by_place = {(entry.row, entry.size): entry for entry in entries}
     for row in dict.fromkeys(entry.row for entry in entries):
         found = [by_place.get((row, size)) for size in sizes]
@@ -272,7 +272,7 @@ def _sizes(entries: Sequence[Entry]) -> str:
 def _difference_lines(report: VisitReport) -> list[str]:
     lines = ["| Row | against | where | Δ × 100 | p (Holm) | verdict |", "|---|---|---|---|---|---|"]
     for d in report.differences:
-        where = f"{SHOWN[setting_of(d.task)][d.metric]}, {d.task} ({d.data}), {_size(d.size)}"
+        where = f"{SHOWN[setting_of(d.task)][d.metric]}, {d.task} ({d.data}), {size_label(d.size)}"
         delta = f"{100 * d.difference.value:+.1f} [{100 * d.difference.low:+.1f}, {100 * d.difference.high:+.1f}]"
         lines.append(f"| {d.row} | {d.reference} | {where} | {delta} | {d.p_adjusted:.3f} | {d.verdict} |")
     return lines
