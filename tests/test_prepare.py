@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -196,6 +197,21 @@ def test_a_finished_folder_is_not_done_again(hospital, tmp_path):
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
     assert prepare(mimic3, hospital, tmp_path / "out", workers=1, progress=False) == first
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == times
+
+
+def test_a_folder_is_known_by_what_its_input_says_and_not_by_when_it_was_copied(hospital, tmp_path):
+    table = hospital / "PATIENTS.csv"
+    first = prepare(mimic3, hospital, tmp_path / "out", workers=1, progress=False)
+    copied = tmp_path / "copy" / hospital.name
+    shutil.copytree(hospital, copied)
+    os.utime(copied / "PATIENTS.csv", (0, 0))
+    assert prepare(mimic3, copied, tmp_path / "out", workers=1, progress=False) == first
+    before = table.stat()
+    table.write_text(table.read_text().replace(",F,", ",M,", 1))  # as long, and as old
+    os.utime(table, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert table.stat().st_size == before.st_size
+    with pytest.raises(EhrDataError, match="`overwrite`"):
+        prepare(mimic3, hospital, tmp_path / "out", workers=1, progress=False)
 
 
 @pytest.mark.parametrize("change", ["options", "shards", "input", "source"])

@@ -14,10 +14,11 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from tqdm.auto import tqdm
 
 from hf_ehr._shards import STAGING, finish_shards, write_json
 from hf_ehr.schema import (
@@ -91,7 +92,7 @@ def prepare(
         ValueError: The source is unknown, or an argument is out of its range.
     """
     output = Path(output_dir)
-    job = _job(source, input_dir, output, engine, shards, options or {})
+    job = _job(source, input_dir, output, engine, shards, options or {}, progress)
     if _is_whole(output, job["fingerprint"], overwrite):
         return DatasetInfo.load(output)
     staging = output / STAGING
@@ -148,7 +149,7 @@ def plan(
             finally:
                 connection.close()
         files = _list_files(Path(job["input_dir"]), output)
-        size, events = sum(size for _, size, _ in files) / 2**20, _events_in(files)
+        size, events = sum(file.size for file in files) / 2**20, _events_in(files)
         plural = "s" * (len(files) > 1)
         lines.append(f"{len(files):,} file{plural}, {size:,.1f} MiB, some {events:,.0f} events by their size")
         lines += ["tables: " + ", ".join(extract.name for extract in found.extracts), *found.warnings]
@@ -227,6 +228,7 @@ def _job(
     engine: str,
     shards: int | None,
     options: dict[str, Any],
+    progress: bool = False,
 ) -> dict[str, Any]:
     if shards is not None and shards < 1:
         raise ValueError(f"`shards` must be at least 1, got {shards}.")
@@ -246,25 +248,40 @@ def _job(
         "shards": shards or _default_shards(expected_events(name, options) if generated else _events_in(files)),
         "input_dir": None if input_dir is None else str(Path(input_dir).resolve()),
     }
-    described = json.dumps([job["source"], job["options"], job["shards"], files], sort_keys=True)
+    shown = tqdm(files, "Input files", unit="file", disable=not progress)
+    contents = [(file.name, _digest(file.path)) for file in shown]
+    described = json.dumps([job["source"], job["options"], job["shards"], contents], sort_keys=True)
     return job | {"fingerprint": hashlib.sha256(described.encode()).hexdigest()[:16]}
 
 
-def _list_files(input_dir: Path, output: Path) -> list[tuple[str, int, int]]:
-    """(name, size, time of change) of the input files, hidden ones and the output left out."""
+class _InputFile(NamedTuple):
+    name: str
+    path: Path
+    size: int
+
+
+def _list_files(input_dir: Path, output: Path) -> list[_InputFile]:
+    """The input files, hidden ones and the output left out."""
     paths = sorted(input_dir.rglob("*")) if input_dir.is_dir() else [input_dir]
     inside = output.resolve()
     kept = [path for path in paths if path.is_file() and not path.name.startswith(".")]
     kept = [path for path in kept if inside not in path.resolve().parents]
-    return [(str(path.relative_to(input_dir.parent)), path.stat().st_size, path.stat().st_mtime_ns) for path in kept]
+    return [_InputFile(str(path.relative_to(input_dir.parent)), path, path.stat().st_size) for path in kept]
+
+
+def _digest(path: Path) -> str:
+    """Of what a file says: its time would change with every copy of the same tables."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _default_shards(events: float) -> int:
     return max(1, round(events / EVENTS_PER_SHARD))
 
 
-def _events_in(files: list[tuple[str, int, int]]) -> float:
-    return sum(size if name.lower().endswith(COMPRESSED) else size // 5 for name, size, _ in files) / BYTES_PER_EVENT
+def _events_in(files: list[_InputFile]) -> float:
+    sizes = (file.size if file.name.lower().endswith(COMPRESSED) else file.size // 5 for file in files)
+    return sum(sizes) / BYTES_PER_EVENT
 
 
 def _is_whole(output: Path, fingerprint: str, overwrite: bool) -> bool:
