@@ -13,6 +13,7 @@ from hf_ehr.entity_tags import Entity
 from hf_ehr.experiments.visits.spec import ADMISSION, CODING, ENTITIES, PRIMARY, RECOMMENDATION
 from hf_ehr.intervals import ResampledDraws, resamples
 from hf_ehr.metrics import auroc, average_precision, best_f1_threshold
+from hf_ehr.multilabel import label_scores, macro_scores, micro_scores
 from hf_ehr.multilabel_intervals import figures_of
 from hf_ehr.multilabel_predictions import MultilabelPredictions
 from hf_ehr.named_entities import EntityCounts, weighted_figures
@@ -32,6 +33,7 @@ SHOWN: dict[str, dict[str, str]] = {
 }  # fmt: skip
 """Figures of each setting and their names in tables; the first is the one that is compared."""
 _OF_ALL_CELLS = ("auroc_micro", "average_precision_micro", "auroc_macro", "average_precision_macro", "f1_macro")
+"""Figures that rank all cells at once: a pass over all cells for the data as they are, far more for each resample."""
 _AT_ONCE = 256  # resamples
 
 
@@ -72,7 +74,7 @@ def said_by(setting: str, validation: Asked | None, cell: Any) -> Said:
     return Said(cell["test"], float(tune_thresholds(MultilabelPredictions.of(p, truth)).common))
 
 
-def figures(setting: str, asked: Asked, said: Said, weights: np.ndarray, slow: bool = False) -> dict[str, np.ndarray]:
+def figures(setting: str, asked: Asked, said: Said, weights: np.ndarray) -> dict[str, np.ndarray]:
     """Figures in which rows count as often as ``weights`` (resamples, rows) say.
 
     Args:
@@ -80,10 +82,9 @@ def figures(setting: str, asked: Asked, said: Said, weights: np.ndarray, slow: b
         asked: Of the test visits.
         said: Of one draw.
         weights: How often.
-        slow: Whether also those that rank all cells at once, which take long for many resamples.
 
     Returns:
-        Name → (resamples,); with ``slow`` the names of :data:`SHOWN` and further ones.
+        Name → (resamples,); those of :func:`figures_of_all_cells` are left out.
     """
     if setting == ENTITIES:
         return weighted_figures(EntityCounts.of(asked.truth, said.values), weights)
@@ -91,15 +92,24 @@ def figures(setting: str, asked: Asked, said: Said, weights: np.ndarray, slow: b
     if setting == ADMISSION:
         return _yes_or_no(asked.truth, p, threshold, weights)
     if setting == RECOMMENDATION:
-        found = weighted_metrics(asked.truth, p, threshold, asked.previous, None, None, weights)
-    else:
-        predictions = MultilabelPredictions.of(p, asked.truth)
-        found = figures_of(predictions, threshold, weights, metrics=("map", "f1_micro"))
-        found |= {"jaccard_micro": found["f1_micro"] / (2 - found["f1_micro"])}
-    if slow:
-        predictions = MultilabelPredictions.of(p, asked.truth)
-        found |= figures_of(predictions, threshold, weights, metrics=_OF_ALL_CELLS)
-    return found
+        return weighted_metrics(asked.truth, p, threshold, asked.previous, None, None, weights)
+    predictions = MultilabelPredictions.of(p, asked.truth)
+    found = figures_of(predictions, threshold, weights, metrics=("map", "f1_micro"))
+    return found | {"jaccard_micro": found["f1_micro"] / (2 - found["f1_micro"])}
+
+
+def figures_of_all_cells(setting: str, asked: Asked, said: Said) -> dict[str, np.ndarray]:
+    """Micro and macro figures of recommendation and coding, of the rows as they are.
+
+    Returns:
+        Name → (1,); nothing in the other settings, whose figures :func:`figures` has.
+    """
+    if setting in (ENTITIES, ADMISSION):
+        return {}
+    predictions = MultilabelPredictions.of(np.asarray(said.values, float), asked.truth)
+    labels = label_scores(predictions, 0.5 if said.threshold is None else said.threshold)
+    found = micro_scores(predictions) | macro_scores(labels)
+    return {name: np.array([found[name]]) for name in _OF_ALL_CELLS}
 
 
 def primary_of(setting: str, asked: Asked, values: Any) -> float:
@@ -125,7 +135,8 @@ def resampled(
         seed: Of the resampling.
     """
     members = np.unique(asked.patients, return_inverse=True)[1]
-    plain = [figures(setting, asked, one, np.ones((1, len(members))), slow=True) for one in draws]
+    once = np.ones((1, len(members)))
+    plain = [figures(setting, asked, one, once) | figures_of_all_cells(setting, asked, one) for one in draws]
     parts: list[list[dict[str, np.ndarray]]] = []
     counts = []
     for weights, drawn in _chunks(members, n_draws, n_resamples, seed):
