@@ -147,6 +147,7 @@ def test_a_report_is_written_whole(spec, output):
     text = paths[0].read_text()
     assert all(f"| {row.name} |" in text for row in spec.rows if row.name != "Broken")
     assert "50% of the labelled patients" in text
+    assert "**Synthetic patients in notes**" in text  # the other cohort need not be
     rows = list(csv.DictReader((folder / "small.csv").open()))
     assert {row["metric"] for row in rows if row["task"] == READMISSION} == {"auroc", "average_precision", "f1"}
 

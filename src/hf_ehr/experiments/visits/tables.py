@@ -35,8 +35,8 @@ LEVEL_NOTE = (
 )
 UNSOUND = f"nothing concluded (fewer than {FEW_POSITIVES} positives or {FEW_PATIENTS} patients in the test)"
 SYNTHETIC = (
-    "**Synthetic patients**: what is shown is that the software works and finds planted structure. Nothing clinical "
-    "follows, and no figure here stands beside a figure of the paper."
+    "**Synthetic patients{where}**: what is shown is that the software works and finds planted structure. Nothing "
+    "clinical follows, and no figure here stands beside a figure of the paper."
 )
 
 
@@ -218,8 +218,10 @@ def _compared(task: str) -> tuple[str, str]:
 def _markdown(report: VisitReport, figures: list[str]) -> str:
     spec = report.spec
     lines = [f"# {spec.title}", "", f"`hf-ehr report {spec.name}`", ""]
-    if any((data.source or data.corpus or "").startswith("synthetic") for data in spec.datasets):
-        lines += [SYNTHETIC, ""]
+    made = [data.name for data in spec.datasets if (data.source or data.corpus or "").startswith("synthetic")]
+    if made:
+        where = "" if len(made) == len(spec.datasets) else f" in {', '.join(made)}"
+        lines += [SYNTHETIC.format(where=where), ""]
     for data, task in dict.fromkeys((entry.data, entry.task) for entry in report.entries):
         mine = [entry for entry in report.entries if (entry.data, entry.task) == (data, task)]
         lines += [f"## {task} ({data})", "", *(_by_size if len(spec.sizes) > 1 else _by_figure)(mine), ""]
