@@ -248,7 +248,7 @@ def _job(
         "shards": shards or _default_shards(expected_events(name, options) if generated else _events_in(files)),
         "input_dir": None if input_dir is None else str(Path(input_dir).resolve()),
     }
-    shown = tqdm(files, "Input files", unit="file", disable=not progress)
+    shown = tqdm(files, "Input files", unit="file", disable=not (progress and files))
     contents = [(file.name, _digest(file.path)) for file in shown]
     described = json.dumps([job["source"], job["options"], job["shards"], contents], sort_keys=True)
     return job | {"fingerprint": hashlib.sha256(described.encode()).hexdigest()[:16]}
