@@ -362,6 +362,8 @@ def test_micro_figures_of_codes_by_hand():
     assert found["f1_micro"] == pytest.approx(0.8)
     assert found["jaccard_micro"] == pytest.approx(2 / 3)
     assert found["auroc_micro"] == found["average_precision_micro"] == 1
+    assert found["f1_macro"] == pytest.approx((1 + 2 / 3) / 2)
+    assert figures_of_all_cells("coding", asked, Said(said.values, 0.7))["f1_macro"] == 1  # .6 is below
     assert primary_of("coding", asked, said.values) == 1
 
 

@@ -26,7 +26,8 @@ from hf_ehr.schema import EhrDataError
 
 THRESHOLD = 0.3
 """MedM-PLM's; GAMENet and its successors have .5."""
-_OF_ALL_CELLS = ("auroc_micro", "average_precision_micro", "auroc_macro", "average_precision_macro", "f1_macro")
+OF_ALL_CELLS = ("auroc_micro", "average_precision_micro", "auroc_macro", "average_precision_macro", "f1_macro")
+"""Figures that rank all cells at once: a pass over all cells for the data as they are, far more for each resample."""
 _Parts = dict[str, tuple[Array, Array]]
 
 
@@ -254,10 +255,10 @@ def weighted_metrics(
     """Figures in which visits count as often as ``weights`` (resamples, visits) say."""
     predictions, parts = _parts(y, p, threshold, previous, ddi)
     wanted = list(parts) if metrics is None else list(metrics)
-    unknown = [name for name in wanted if name not in parts and name not in _OF_ALL_CELLS]
+    unknown = [name for name in wanted if name not in parts and name not in OF_ALL_CELLS]
     if unknown:
-        raise ValueError(f"`metrics` must be among {', '.join([*parts, *_OF_ALL_CELLS])}, got {unknown}.")
-    others = [name for name in wanted if name in _OF_ALL_CELLS]
+        raise ValueError(f"`metrics` must be among {', '.join([*parts, *OF_ALL_CELLS])}, got {unknown}.")
+    others = [name for name in wanted if name in OF_ALL_CELLS]
     found: dict[str, Any] = figures_of(predictions, threshold, weights, metrics=others) if others else {}
     for name in wanted:
         if name in parts:

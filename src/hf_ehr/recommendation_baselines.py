@@ -17,8 +17,7 @@ from scipy import sparse
 from tqdm.auto import tqdm
 
 from hf_ehr._scores import Array
-from hf_ehr.baselines import arrow_column as _column
-from hf_ehr.baselines import lightgbm_counts
+from hf_ehr.baselines import arrow_column, lightgbm_counts
 from hf_ehr.note_baselines import INVERSE_PENALTIES, RegressionSettings, map_within_notes, one_vs_rest_scores
 
 if TYPE_CHECKING:
@@ -77,7 +76,7 @@ class AskedVisits:
         diagnoses, visits = codes_of_visits(examples, "diagnosis_ids", diagnosis_vocab_size, special)
         drugs, *others = codes_of_visits(examples, "medication_ids", medication_vocab_size, special)
         targets, labelled = codes_of_visits(examples, "label_ids", medication_vocab_size - special, 0)
-        flags = _one_chunk(_column(examples, "asked"))
+        flags = _one_chunk(arrow_column(examples, "asked"))
         others += [labelled, flags.value_lengths().to_numpy()]
         if not all(np.array_equal(visits, same) for same in others):
             raise ValueError(
@@ -93,7 +92,7 @@ class AskedVisits:
             features=sparse.csr_array(sparse.hstack([history, diagnoses[asked]], format="csr")),
             drugs=targets[asked],
             previous=drugs[asked - 1],
-            patients=_column(examples, "subject_id").to_numpy()[row[asked]],
+            patients=arrow_column(examples, "subject_id").to_numpy()[row[asked]],
         )
 
 
@@ -109,7 +108,7 @@ def codes_of_visits(examples: Examples, name: str, size: int, special: int) -> t
     Raises:
         ValueError: An id lies outside of the vocabulary.
     """
-    lists = _one_chunk(_column(examples, name))
+    lists = _one_chunk(arrow_column(examples, name))
     sets = lists.flatten()
     ids, offsets = sets.flatten().to_numpy(), np.concatenate([[0], np.cumsum(sets.value_lengths().to_numpy())])
     if len(ids) and not (ids.min() >= 0 and ids.max() < size):

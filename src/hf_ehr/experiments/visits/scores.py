@@ -17,7 +17,7 @@ from hf_ehr.multilabel import label_scores, macro_scores, micro_scores
 from hf_ehr.multilabel_intervals import figures_of
 from hf_ehr.multilabel_predictions import MultilabelPredictions
 from hf_ehr.named_entities import EntityCounts, weighted_figures
-from hf_ehr.recommendation import weighted_metrics
+from hf_ehr.recommendation import OF_ALL_CELLS, weighted_metrics
 
 SHOWN: dict[str, dict[str, str]] = {
     RECOMMENDATION: {
@@ -32,8 +32,6 @@ SHOWN: dict[str, dict[str, str]] = {
     ENTITIES: {"f1": "strict F1", "precision": "precision", "recall": "recall", "f1_macro": "F1, mean over types"},
 }  # fmt: skip
 """Figures of each setting and their names in tables; the first is the one that is compared."""
-_OF_ALL_CELLS = ("auroc_micro", "average_precision_micro", "auroc_macro", "average_precision_macro", "f1_macro")
-"""Figures that rank all cells at once: a pass over all cells for the data as they are, far more for each resample."""
 _AT_ONCE = 256  # resamples
 
 
@@ -109,7 +107,7 @@ def figures_of_all_cells(setting: str, asked: Asked, said: Said) -> dict[str, np
     predictions = MultilabelPredictions.of(np.asarray(said.values, float), asked.truth)
     labels = label_scores(predictions, 0.5 if said.threshold is None else said.threshold)
     found = micro_scores(predictions) | macro_scores(labels)
-    return {name: np.array([found[name]]) for name in _OF_ALL_CELLS}
+    return {name: np.array([found[name]]) for name in OF_ALL_CELLS}
 
 
 def primary_of(setting: str, asked: Asked, values: Any) -> float:
