@@ -202,7 +202,7 @@ def test_a_finished_folder_is_not_done_again(hospital, tmp_path):
 def test_a_folder_is_known_by_what_its_input_says_and_not_by_when_it_was_copied(hospital, tmp_path):
     table = hospital / "PATIENTS.csv"
     first = prepare(mimic3, hospital, tmp_path / "out", workers=1, progress=False)
-    copied = tmp_path / "copy" / hospital.name
+    copied = tmp_path / "copy"
     shutil.copytree(hospital, copied)
     os.utime(copied / "PATIENTS.csv", (0, 0))
     assert prepare(mimic3, copied, tmp_path / "out", workers=1, progress=False) == first

@@ -92,7 +92,8 @@ def prepare(
         ValueError: The source is unknown, or an argument is out of its range.
     """
     output = Path(output_dir)
-    job = _job(source, input_dir, output, engine, shards, options or {}, progress)
+    job = _job(source, input_dir, output, engine, shards, options or {})
+    job["fingerprint"] = _fingerprint(job, output, progress)
     if _is_whole(output, job["fingerprint"], overwrite):
         return DatasetInfo.load(output)
     staging = output / STAGING
@@ -128,6 +129,8 @@ def plan(
 ) -> str:
     """What :func:`prepare` would do with the same arguments: the input is opened and its columns are looked at.
 
+    It is read whole only where `output_dir` holds a preparation, to say whether it is this one.
+
     Raises:
         EhrDataError: The input breaks a contract that can be seen without reading it whole.
         ValueError: The source is unknown, or an argument is out of its range.
@@ -154,10 +157,12 @@ def plan(
         lines.append(f"{len(files):,} file{plural}, {size:,.1f} MiB, some {events:,.0f} events by their size")
         lines += ["tables: " + ", ".join(extract.name for extract in found.extracts), *found.warnings]
     there = _found_fingerprint(output)
-    if there == job["fingerprint"]:
+    if there is None:
+        return "\n".join(lines)
+    if there == _fingerprint(job, output, progress=True):
         whole = (output / "dataset.json").is_file()
         lines.append("It is there already, whole." if whole else "It was begun, and would go on where it stopped.")
-    elif there is not None:
+    else:
         lines.append(f"{output} holds another preparation, and this one would be refused: choose another folder.")
     return "\n".join(lines)
 
@@ -228,7 +233,6 @@ def _job(
     engine: str,
     shards: int | None,
     options: dict[str, Any],
-    progress: bool = False,
 ) -> dict[str, Any]:
     if shards is not None and shards < 1:
         raise ValueError(f"`shards` must be at least 1, got {shards}.")
@@ -241,17 +245,22 @@ def _job(
         source_function(source)
     files = [] if input_dir is None else _list_files(Path(input_dir), output)
     name = source if isinstance(source, str) else source.__name__
-    job = {
+    return {
         "source": name,
         "generated": generated,
         "options": json.loads(json.dumps(options, default=str)),
         "shards": shards or _default_shards(expected_events(name, options) if generated else _events_in(files)),
         "input_dir": None if input_dir is None else str(Path(input_dir).resolve()),
     }
+
+
+def _fingerprint(job: dict[str, Any], output: Path, progress: bool) -> str:
+    """Of a preparation: source, options, shards, and all that its input says. Reads every file."""
+    files = [] if job["input_dir"] is None else _list_files(Path(job["input_dir"]), output)
     shown = tqdm(files, "Input files", unit="file", disable=not (progress and files))
     contents = [(file.name, _digest(file.path)) for file in shown]
     described = json.dumps([job["source"], job["options"], job["shards"], contents], sort_keys=True)
-    return job | {"fingerprint": hashlib.sha256(described.encode()).hexdigest()[:16]}
+    return hashlib.sha256(described.encode()).hexdigest()[:16]
 
 
 class _InputFile(NamedTuple):
@@ -266,7 +275,8 @@ def _list_files(input_dir: Path, output: Path) -> list[_InputFile]:
     inside = output.resolve()
     kept = [path for path in paths if path.is_file() and not path.name.startswith(".")]
     kept = [path for path in kept if inside not in path.resolve().parents]
-    return [_InputFile(str(path.relative_to(input_dir.parent)), path, path.stat().st_size) for path in kept]
+    folder = input_dir if input_dir.is_dir() else input_dir.parent
+    return [_InputFile(str(path.relative_to(folder)), path, path.stat().st_size) for path in kept]
 
 
 def _digest(path: Path) -> str:
