@@ -318,6 +318,11 @@ def test_options_without_a_meaning_are_refused(data, pretrained, tmp_path, chang
             r"fields of GBertConfig, got \['code_config'\]",
         ),
         ({"model_options": '{"code_config": {"hidden_seize": 8}}'}, r"`code_config` must be fields of GBertConfig"),
+        ({"model_options": '{"note_config": {"hidden_seize": 8}}'}, r"`note_config` must be fields of BertConfig"),
+        (
+            {"model_options": '{"note_config": {"model_type": "distilbert", "dimm": 8}}'},
+            r"`note_config` must be fields of DistilBertConfig, got \['dimm'\]",
+        ),
         ({"model_options": '{"note_poling": "mean"}'}, r"fields of MedMPLMConfig, got \['note_poling'\]"),
         ({"model_options": "[]"}, "`model_options` must be a JSON object"),
     ],

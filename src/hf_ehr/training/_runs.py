@@ -250,7 +250,7 @@ def config_options(text: str, kind: type) -> dict[str, Any]:
     return given
 
 
-def check_config_fields(given: Any, kind: type, name: str) -> None:
+def check_config_fields(given: Any, kind: Any, name: str) -> None:
     """Refuses what is no mapping of fields of a configuration.
 
     Raises:
@@ -258,6 +258,6 @@ def check_config_fields(given: Any, kind: type, name: str) -> None:
     """
     if not isinstance(given, Mapping):
         raise ValueError(f'`{name}` must be a JSON object, got {given!r}. Write {{"field": value}}.')
-    known = {item.name for item in fields(kind)} | CONFIG_PARAMETERS
+    known = {item.name for item in fields(kind)} | CONFIG_PARAMETERS | set(kind.attribute_map)
     if unknown := sorted(set(given) - known):
         raise ValueError(f"`{name}` must be fields of {kind.__name__}, got {unknown}. See its documentation.")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from hf_ehr.models.any_encoder import table_positions
 from hf_ehr.models.configuration_ehrconcat import EhrConcatConfig
@@ -95,9 +95,18 @@ def _new_text(preset: Any, processor: MedMPLMProcessor, given: dict) -> dict:
 
 
 def _text_fields(preset: Any, words: Any, given: dict) -> dict:
-    """Configuration of a new text encoder in the words of a tokenizer."""
-    if "model_type" not in given:
-        given = preset().note_config.to_dict() | given
+    """Configuration of a new text encoder in the words of a tokenizer.
+
+    Raises:
+        ValueError: A field of `given` is none of such an encoder.
+    """
+    usual = preset().note_config
+    if "model_type" in given:
+        rest = {name: value for name, value in given.items() if name != "model_type"}
+        check_config_fields(rest, type(AutoConfig.for_model(given["model_type"])), "note_config")
+    else:
+        check_config_fields(given, type(usual), "note_config")
+        given = usual.to_dict() | given
     sizes = {"vocab_size": len(words), "pad_token_id": words.pad_token_id}
     return given | sizes | {"max_position_embeddings": words.model_max_length}
 
