@@ -196,9 +196,19 @@ def test_rows_come_in_the_order_of_examples_or_not_at_all():
     found = made.in_order(np.array([3, 7, 5, 7]), np.array([0, 0, 1, 1]))
     assert found.matrix[:, 0].tolist() == found.fields["age"].tolist() == [1, 2, 3, 0]
     assert found.subject_id.tolist() == [30, 70, 50, 70]
-    for other, others in (([3, 7, 5], [0, 0, 1]), ([3, 7, 5, 8], [0, 0, 1, 1]), ([3, 7, 5, 7], [0, 0, 0, 1])):
+    assert made.in_order(np.array([3, 7, 5]), np.array([0, 0, 1])).matrix[:, 0].tolist() == [1, 2, 3]
+    for other, others in (([3, 8], [0, 1]), ([3, 7, 5, 7], [0, 0, 0, 1]), ([7, 7], [1, 1])):
         with pytest.raises(EhrDataError, match="and are not"):
             made.in_order(np.array(other), np.array(others))
+
+
+def test_an_admission_that_is_asked_about_several_times_keeps_the_order_of_its_questions():
+    ids, labels = np.array([7, 3, 7, 7, 5]), np.array([1, 0, 0, 1, 1])
+    made = StaySummaries(ids * 10, ids, labels, np.arange(5, dtype=np.float32)[:, None], ["age"], {})
+    found = made.in_order(np.array([5, 7, 7, 7]), np.array([1, 0, 1, 1]))  # patient 30 is not in the draw
+    assert found.matrix[:, 0].tolist() == [4, 2, 0, 3]
+    with pytest.raises(EhrDataError, match="and are not"):  # which of the two?
+        made.in_order(np.array([5, 7]), np.array([1, 1]))
 
 
 def admitted(later=0.0):

@@ -358,7 +358,7 @@ def test_summaries_of_other_stays_are_refused():
     with pytest.raises(EhrDataError, match="are not"):
         summaries.in_order(np.array([30]), np.array([1]))
     with pytest.raises(EhrDataError, match="are not"):
-        replace(summaries, stay_id=np.array([20, 20])).in_order(np.array([20]), np.array([1]))
+        replace(summaries, stay_id=np.array([20, 20]), labels=np.array([1, 1])).in_order(np.array([20]), np.array([1]))
     with pytest.raises(EhrDataError, match="are not"):
         summaries.in_order(np.array([20]), np.array([0]))
 

@@ -68,23 +68,29 @@ class StaySummaries:
     def in_order(self, ids: Array, labels: Array) -> StaySummaries:
         """The rows of some or all examples, in their order.
 
+        An admission is asked about once for each of its stays: of equal id and label the first row is that of the
+        first example, and so on.
+
         Args:
             ids: `stay_id` (of an admission its `visit_id`) of each example.
             labels: Label of each.
 
         Raises:
-            EhrDataError: An example has no row, or there are more rows and one is asked about several times.
+            EhrDataError: An example has no row, or of equal id and label there are more or fewer rows than examples.
         """
-        rows, order = np.zeros(len(ids), np.int64), np.lexsort((self.labels, self.stay_id))
-        known = self.stay_id[order]
-        if len(ids) == len(known):
-            rows[np.lexsort((labels, ids))] = order
-        elif len(np.unique(known)) == len(known):
-            rows = order[np.searchsorted(known, ids).clip(max=len(known) - 1)]
-        if (self.stay_id[rows] != ids).any() or (self.labels[rows] != labels).any():
+        asked, ours = _numbered(ids, labels), _numbered(self.stay_id, self.labels)
+        found = asked.join(ours, on=["id", "label", "place", "size"], how="left", maintain_order="left")
+        if found["row_right"].null_count():
             raise EhrDataError(f"Summaries must be of the {len(ids)} examples, and are not. Label the data again.")
+        rows = found["row_right"].to_numpy()
         parts = {name: getattr(self, name)[rows] for name in ("subject_id", "stay_id", "labels", "matrix")}
         return replace(self, fields={name: values[rows] for name, values in self.fields.items()}, **parts)
+
+
+def _numbered(ids: Array, labels: Array) -> pl.DataFrame:
+    """``row``, ``id``, ``label``, its ``place`` among the rows of equal id and label, and their number, ``size``."""
+    frame, group = pl.DataFrame({"id": ids, "label": labels}).cast(pl.Int64).with_row_index("row"), ["id", "label"]
+    return frame.with_columns(place=pl.int_range(pl.len()).over(group), size=pl.len().over(group))
 
 
 def stay_summaries(
