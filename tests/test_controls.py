@@ -71,6 +71,7 @@ def test_pretraining_pays_in_world_c_with_few_labels(world_c):
     assert auc["pretrained"] > auc["untrained"] + 0.05
 
 
+@pytest.mark.slow
 def test_pretraining_on_shuffled_codes_does_not_help(world_c, tmp_path):
     data, auc = world_c
     shuffled = prepared(tmp_path / "shuffled", "C", placebo=True)
@@ -79,6 +80,7 @@ def test_pretraining_on_shuffled_codes_does_not_help(world_c, tmp_path):
     assert placebo["pretrained"] < placebo["bag"]
 
 
+@pytest.mark.slow
 def test_the_gain_vanishes_where_codes_act_one_by_one(tmp_path):
     data = prepared(tmp_path / "data", "null")
     auc = figures(data, pretrain(data, tmp_path / "model"))
