@@ -323,6 +323,11 @@ def test_options_without_a_meaning_are_refused(data, pretrained, tmp_path, chang
             {"model_options": '{"note_config": {"model_type": "distilbert", "dimm": 8}}'},
             r"`note_config` must be fields of DistilBertConfig, got \['dimm'\]",
         ),
+        (
+            {"model_options": '{"note_config": {"model_type": "brt"}}'},
+            "`model_type` of `note_config` must be one that Transformers has, got 'brt'",
+        ),
+        ({"model_options": '{"note_config": 8}'}, "`note_config` must be a JSON object, got 8"),
         ({"model_options": '{"note_poling": "mean"}'}, r"fields of MedMPLMConfig, got \['note_poling'\]"),
         ({"model_options": "[]"}, "`model_options` must be a JSON object"),
     ],

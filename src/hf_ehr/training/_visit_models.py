@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from hf_ehr.models.any_encoder import table_positions
 from hf_ehr.models.configuration_ehrconcat import EhrConcatConfig
@@ -98,12 +98,16 @@ def _text_fields(preset: Any, words: Any, given: dict) -> dict:
     """Configuration of a new text encoder in the words of a tokenizer.
 
     Raises:
-        ValueError: A field of `given` is none of such an encoder.
+        ValueError: A field of `given` is none of such an encoder, or Transformers has no such encoder.
     """
     usual = preset().note_config
-    if "model_type" in given:
+    if isinstance(given, Mapping) and "model_type" in given:
+        if (kind := given["model_type"]) not in CONFIG_MAPPING:
+            raise ValueError(
+                f"`model_type` of `note_config` must be one that Transformers has, got {kind!r}. Give 'bert', say."
+            )
         rest = {name: value for name, value in given.items() if name != "model_type"}
-        check_config_fields(rest, type(AutoConfig.for_model(given["model_type"])), "note_config")
+        check_config_fields(rest, CONFIG_MAPPING[kind], "note_config")
     else:
         check_config_fields(given, type(usual), "note_config")
         given = usual.to_dict() | given
