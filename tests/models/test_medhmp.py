@@ -297,6 +297,18 @@ def test_the_state_of_a_stay_is_the_cell_after_its_last_hour():
     assert cells[3].abs().sum() == 0  # no hour: where the recurrence starts
 
 
+def test_packed_hours_and_padded_ones_have_the_same_states_and_gradients():
+    encoder, batch = model_of(MedHMPStayModel).stay_encoder.hourly, stays()
+    series = HourlySeries.of(FEATURES, *(batch[name] for name in list(batch)[:4]))
+    found = []
+    for read in (encoder._packed, encoder._padded):  # of GPUs and of the CPU
+        states, cells = read(series)
+        gradients = torch.autograd.grad(states.square().sum() + cells.sin().sum(), list(encoder.parameters()))
+        found.append((states, cells, *gradients))
+    for packed, padded in zip(*found, strict=True):
+        torch.testing.assert_close(padded, packed, atol=1e-5, rtol=1e-5)
+
+
 def test_attention_compares_hours_with_demographics():
     model, batch = model_of(MedHMPStayModel), stays()
     changed = batch | {"demographics": batch["demographics"].flip(0)}

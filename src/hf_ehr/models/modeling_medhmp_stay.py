@@ -1,5 +1,6 @@
 """The stay level of MedHMP: hours and demographics → one state, and back to the hours; fusion of a few tokens."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -84,6 +85,11 @@ class HourlyEncoder(nn.Module):
             The state after each hour (stays, hours, hidden), 0 on padding; and the cell state after the last one
             (stays, hidden), which for a stay of no hours is what the recurrence starts from, 0.
         """
+        read = self._packed if series.values.is_cuda else self._padded
+        with torch.autocast(series.values.device.type, enabled=False):
+            return read(series)
+
+    def _packed(self, series: HourlySeries) -> tuple[torch.Tensor, torch.Tensor]:
         stays, width = series.mask.shape
         states = series.values.new_zeros(stays, width, self.lstm.hidden_size)
         cells = series.values.new_zeros(stays, self.lstm.hidden_size)
@@ -92,13 +98,47 @@ class HourlyEncoder(nn.Module):
         if not len(rows):
             return states, cells
         read, rows = series.values[rows.to(cells.device)], rows.to(cells.device)
-        with torch.autocast(cells.device.type, enabled=False):
-            packed = pack_padded_sequence(read, lengths[lengths > 0], batch_first=True, enforce_sorted=False)
-            inner, _ = self.input_lstm(packed)
-            inner = PackedSequence(self.norm(self.dropout(inner.data)), *inner[1:])
-            outer, (_, last) = self.lstm(inner)
-            outer, _ = pad_packed_sequence(outer, batch_first=True, total_length=width)
+        packed = pack_padded_sequence(read, lengths[lengths > 0], batch_first=True, enforce_sorted=False)
+        inner, _ = self.input_lstm(packed)
+        inner = PackedSequence(self.norm(self.dropout(inner.data)), *inner[1:])
+        outer, (_, last) = self.lstm(inner)
+        outer, _ = pad_packed_sequence(outer, batch_first=True, total_length=width)
         return states.index_copy(0, rows, outer), cells.index_copy(0, rows, last[-1])
+
+    def _padded(self, series: HourlySeries) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `_packed`, by the fused kernel of the CPU, which reads rectangles alone."""
+        if not len(series.mask):
+            return self._packed(series)
+        states, _ = kept_after_the_end(self.input_lstm.all_weights[0], series)
+        states = self.norm(self.dropout(states))
+        for weights in self.lstm.all_weights:
+            states, cells = kept_after_the_end(weights, HourlySeries(states, series.mask))
+        return states * series.mask[..., None], cells
+
+
+SHUT = 1000.0
+"""The sigmoid of its negative is 0, and its own 1, in every floating type."""
+
+
+def kept_after_the_end(weights: Sequence[torch.Tensor], series: HourlySeries) -> tuple[torch.Tensor, torch.Tensor]:
+    """One layer of an LSTM that keeps its cell on padding, where one more input shuts what enters and forgets nothing.
+
+    Args:
+        weights: Of the layer, as `nn.LSTM.all_weights` has them.
+        series: What it reads.
+
+    Returns:
+        The state after each hour, (stays, hours, hidden), of no meaning on padding; and the cell after the last hour
+        of each stay, (stays, hidden), 0 for one without hours.
+    """
+    from_input, from_state, *biases = weights
+    hidden = from_state.shape[1]
+    shut = from_input.new_tensor([-SHUT, SHUT, 0, 0]).repeat_interleave(hidden)[:, None]
+    values = torch.cat([series.values, ~series.mask[..., None]], dim=2)
+    start = values.new_zeros(1, len(values), hidden)
+    widened = [torch.cat([from_input, shut], dim=1), from_state, *biases]
+    states, _, cells = torch.lstm(values, (start, start), widened, True, 1, 0.0, False, False, True)
+    return states, cells[0]
 
 
 class EncodedStays(NamedTuple):
