@@ -261,7 +261,7 @@ def test_an_ensemble_is_the_mean_of_trainings_with_other_seeds(bench):
     members = [
         probabilities(bench.fitted(one, parts, 1e-3, collate, member), parts["test"], collate) for member in (0, 1)
     ]
-    assert np.abs(members[0] - members[1]).max() > 1e-3
+    assert np.abs(members[0] - members[1]).max() > 1e-4  # one of them alone is no mean of both, to the tolerance below
     np.testing.assert_allclose(kept(bench, "Mean of two")["test"], np.mean(members, axis=0), atol=1e-5)
 
 
