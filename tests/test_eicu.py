@@ -259,7 +259,8 @@ def test_the_demo_has_its_stays_deaths_and_grid(engine, real_data):
     assert len({row["stay_id"] for row in rows} - {None}) == 2012
     died = {row["visit_id"] for row in rows if row["code"] == "Discharge/died"}
     stays_of_dead = {row["stay_id"] for row in rows if row["visit_id"] in died and row["stay_id"] is not None}
-    assert len(stays_of_dead) == 166
+    # 166 of hospital stays that ended in death; 5 of four more, with a death in the unit and a discharge alive beside it.
+    assert len(stays_of_dead) == 166 + 5
     stay_ids = set(by_name["yaib"]["stay_id"].to_pylist())
     assert stay_ids <= {row["stay_id"] for row in rows}
     assert len(stay_ids) > 1_700
