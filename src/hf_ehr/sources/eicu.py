@@ -139,7 +139,7 @@ def _stays(engine: Engine, path: Path) -> tuple[ir.Table, list[ir.Table]]:
 
 
 def _placed(stays: ir.Table) -> ir.Table:
-    """Unit stays with ``start, end, visit_start, visit_end, years`` (age) and ``died`` (in hospital)."""
+    """Unit stays with ``start, end, visit_start, visit_end, years`` (age) and ``died``, in hospital or unit."""
     import ibis
 
     years = ibis.ifelse(stays["age"].startswith(">"), str(_OLDEST), stays["age"]).try_cast("float64")
